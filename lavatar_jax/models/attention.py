@@ -1,0 +1,141 @@
+"""Attention and the ring of keys and values that streaming attends to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.models.layers import Linear, RMSNorm
+
+Implementation = Literal["xla", "cudnn"]
+
+
+class KV(NamedTuple):
+    """Keys and values, [B, S, N, H] each; stacked over layers where a leading L is named."""
+
+    k: Float[Array, "*L B S N H"]
+    v: Float[Array, "*L B S N H"]
+
+
+class Attention(nnx.Module):
+    """Projections of multi-head attention with RMSNorm over all channels of q and k."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, zero_out: bool = False) -> None:
+        self.q = Linear(width, width, rngs=rngs)
+        self.k = Linear(width, width, rngs=rngs)
+        self.v = Linear(width, width, rngs=rngs)
+        self.o = Linear(width, width, rngs=rngs, zero=zero_out)
+        self.norm_q = RMSNorm(width)
+        self.norm_k = RMSNorm(width)
+        self.heads = heads
+
+    def _split(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        return self._split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: Float[Array, "B S D"]) -> KV:
+        return KV(self._split(self.norm_k(self.k(x))), self._split(self.v(x)))
+
+    def output(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        return self.o(y.reshape(*y.shape[:-2], -1))
+
+    def cross(self, x: Float[Array, "B T D"], context: KV) -> Float[Array, "B T D"]:
+        """Attention of `x` to all of `context`, without positions or mask."""
+        return self.output(dot_product_attention(self.queries(x), context.k, context.v))
+
+
+def dot_product_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    length: Int[Array, ""] | int | None = None,
+    mask: Bool[Array, "T S"] | None = None,
+    implementation: Implementation = "xla",
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v, softmax in float32.
+
+    `length`: only the first `length` keys exist. `mask` [T, S]: True where attention is allowed; it
+    becomes a materialised bias on GPU, so streaming uses `length`.
+    `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only).
+    """
+    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        key_value_seq_lengths=lengths,
+        mask=None if mask is None else mask[None, None],
+        implementation=implementation,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingCache:
+    """Keys and values that one denoising step attends to, for all layers.
+
+    `k`, `v` [L, B, S, N, H] have slots [sink | ring]: first C sink tokens, then the ring of the latest
+    blocks. Ring keys are roped at their absolute frame. The sink's keys roll, so they are kept without
+    rope in `sink_k` [L, B, C, N, H] and their roped copy in `k[:, :, :C]` is rewritten for each block.
+    Valid slots are always a prefix, so one length describes the mask, and slot order does not matter.
+    """
+
+    k: Float[Array, "L B S N H"]
+    v: Float[Array, "L B S N H"]
+    sink_k: Float[Array, "L B C N H"]
+
+    @property
+    def sink_tokens(self) -> int:
+        return self.sink_k.shape[2]
+
+    @property
+    def ring_tokens(self) -> int:
+        return self.k.shape[2] - self.sink_tokens
+
+
+def init_cache(
+    config: DiTConfig, batch: int, sink_tokens: int, ring_tokens: int, dtype: jnp.dtype = jnp.float32
+) -> RingCache:
+    """An empty ring for `ring_tokens` (a whole number of blocks) behind `sink_tokens` of sink."""
+    shape = (config.layers, batch, sink_tokens + ring_tokens, config.heads, config.head_dim)
+    sink = (config.layers, batch, sink_tokens, config.heads, config.head_dim)
+    return RingCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(sink, dtype))
+
+
+class RingSlot(NamedTuple):
+    """Where a block goes and what it sees; computed by the host from its absolute index.
+
+    `offset`: first ring token the block overwrites. `end`: number of ring tokens valid afterwards.
+    `start`: first ring token attended (0 but for the reference's `local_attn_size`).
+    """
+
+    offset: Int[Array, ""] | int
+    end: Int[Array, ""] | int
+    start: Int[Array, ""] | int | None = None
+
+
+def ring_slot(block: int, block_tokens: int, ring_tokens: int, local_tokens: int | None = None) -> RingSlot:
+    """The slot of block number `block` (0, 1, 2, ... without end) of the video.
+
+    `local_tokens`: attend only to that many latest tokens (the reference's `local_attn_size`); once the
+    ring has wrapped, slots are no longer in order and the reference refuses: ValueError.
+    """
+    if ring_tokens % block_tokens:
+        raise ValueError(f"ring of {ring_tokens} tokens is not a whole number of blocks of {block_tokens}")
+    wrapped = (block + 1) * block_tokens > ring_tokens
+    offset = block % (ring_tokens // block_tokens) * block_tokens
+    end = ring_tokens if wrapped else offset + block_tokens
+    if local_tokens is None:
+        return RingSlot(offset, end)
+    if wrapped:
+        raise ValueError("local attention is only defined until the ring wraps")
+    return RingSlot(offset, end, max(0, end - local_tokens))

@@ -1,0 +1,284 @@
+"""Four ways to run the same weights: sink prefill, streaming block, training forward, teacher forward.
+
+Latents are [B, F, H, W, C] with F latent frames; every forward returns the velocity v = eps - x0 in
+float32. Times are `embed_time(timestep_sinusoid(t))`, one row per latent frame; `text` is
+`text_keys_values(states)`; positions are `Rope` tables from the host (see rope.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.models import rope as rp
+from lavatar_jax.models.attention import KV, Implementation, RingCache, RingSlot, dot_product_attention
+from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
+from lavatar_jax.models.dit import CausalDiT, Sequence, Times, run_layers, timestep_sinusoid, with_condition_row
+from lavatar_jax.models.rope import Rope, apply_rope
+
+DropMotion = Literal["none", "all", "part"]
+
+
+def cond_tokens(config: DiTConfig, height: int, width: int, *, motion: bool) -> int:
+    """Number of reference and motion tokens at a latent size."""
+    grids = rp.sink_grids(height, width, config.patch, motion=motion)
+    return sum(int(np.prod(grid.shape)) for grid in grids)
+
+
+def prefill_sink(
+    model: CausalDiT,
+    cache: RingCache,
+    ref_B1HWC: Float[Array, "B 1 H W C"],
+    motion_BFHWC: Float[Array, "B F H W C"] | None,
+    text: KV,
+    *,
+    drop_motion: bool = False,
+    half_table: bool = False,
+    implementation: Implementation = "xla",
+) -> RingCache:
+    """Write the keys and values of the reference (and packed motion) tokens into the cache's sink.
+
+    t = 0, no audio; keys are stored without rope, since the sink rolls. `drop_motion` blanks the motion
+    tokens and their positions in this pass only, as the reference does.
+    """
+    _, _, height, width, _ = ref_B1HWC.shape
+    config = model.config
+    grids = rp.sink_grids(height, width, config.patch, motion=motion_BFHWC is not None)
+    table = rp.rope(grids, config.head_dim, half_table=half_table)
+    x = model.embed_reference(ref_B1HWC)
+    if motion_BFHWC is not None:
+        n_ref, n_motion = x.shape[1], table.cos.shape[0] - x.shape[1]
+        tokens = model.embed_motion(motion_BFHWC, drop=n_motion if drop_motion else 0)
+        x = jnp.concatenate([x, tokens], axis=1)
+        if drop_motion:
+            table = rp.concatenate(
+                Rope(table.cos[:n_ref], table.sin[:n_ref]), rp.zero_rope(n_motion, config.head_dim)
+            )
+    if x.shape[1] != cache.sink_tokens:
+        raise ValueError(f"the cache holds {cache.sink_tokens} sink tokens, the sink has {x.shape[1]}")
+
+    def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, KV]:
+        y = dot_product_attention(
+            apply_rope(q, table), apply_rope(kv.k, table), kv.v, implementation=implementation
+        )
+        return y, state, kv
+
+    no_frames = model.embed_time(jnp.zeros((x.shape[0], 0, config.freq_dim)))
+    e0 = with_condition_row(model, no_frames).e0
+    sequence = Sequence(frames=0, tokens_per_frame=0, cond=x.shape[1])
+    _, _, sink = run_layers(model, x, e0, text, sequence, attend)
+    v = jax.lax.dynamic_update_slice(cache.v, sink.v.astype(cache.v.dtype), (0, 0, 0, 0, 0))
+    return dataclasses.replace(cache, v=v, sink_k=sink.k.astype(cache.sink_k.dtype))
+
+
+def stream_forward(
+    model: CausalDiT,
+    cache: RingCache,
+    latent_BFHWC: Float[Array, "B F H W C"],
+    times: Times,
+    text: KV,
+    audio: AudioTokens,
+    slot: RingSlot,
+    rope: Rope,
+    sink_rope: Rope,
+    *,
+    pose_BFHWC: Float[Array, "B F H W C"] | None = None,
+    actor_mask_BPFHW: Float[Array, "B P F H W"] | None = None,
+    implementation: Implementation = "xla",
+    unroll: bool = False,
+) -> tuple[Float[Array, "B F H W C"], RingCache]:
+    """One denoising step of one block -> (velocity, cache with this block's noisy keys and values).
+
+    The block attends to the sink, the ring and itself, in both directions inside the block. Its keys and
+    values replace the oldest block's *before* attention. Donate the cache: it is updated in place.
+    """
+    frames, height = latent_BFHWC.shape[1:3]
+    x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
+    n_sink = cache.sink_tokens
+    end = n_sink + slot.end
+    mask = None
+    if slot.start is not None:
+        position = jnp.arange(cache.k.shape[2])
+        mask = ((position < n_sink) | (position >= n_sink + slot.start))[None]
+
+    def attend(layer: Any, q: Array, kv: KV, ring: KV, sink_k: Array) -> tuple[Array, KV, None]:
+        def write(buffer: Array, new: Array, offset: Any) -> Array:
+            return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), (layer, 0, offset, 0, 0))
+
+        k = write(ring.k, apply_rope(sink_k, sink_rope), 0)
+        k = write(k, apply_rope(kv.k, rope), n_sink + slot.offset)
+        v = write(ring.v, kv.v, n_sink + slot.offset)
+        k_layer, v_layer = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False) for b in (k, v))
+        y = dot_product_attention(
+            apply_rope(q, rope), k_layer, v_layer, length=end, mask=mask, implementation=implementation
+        )
+        return y, KV(k, v), None
+
+    x, ring, _ = run_layers(
+        model,
+        x,
+        times.e0,
+        text,
+        Sequence(frames, x.shape[1] // frames),
+        attend,
+        KV(cache.k, cache.v),
+        per_layer=cache.sink_k,
+        audio=audio,
+        actor_mask_BPFHW=actor_mask_BPFHW,
+        unroll=unroll,
+    )
+    flow = model.head(x, times.e, height // model.config.patch)
+    return flow, dataclasses.replace(cache, k=ring.k, v=ring.v)
+
+
+def block_causal_mask(frames: int, tokens_per_frame: int, cond: int, block_frames: int) -> Bool[np.ndarray, "T T"]:
+    """Who may attend to whom (row: query) in the sequence noisy | reference | motion.
+
+    A noisy token sees its own block, earlier blocks and all condition tokens; condition tokens see each
+    other only. The last block may be short.
+    """
+    n = frames * tokens_per_frame
+    block = np.arange(n) // (block_frames * tokens_per_frame)
+    mask = np.zeros((n + cond, n + cond), bool)
+    mask[:n, :n] = block[:, None] >= block[None, :]
+    mask[:, n:] = True
+    return mask
+
+
+def train_rope(
+    config: DiTConfig,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    frame_start: int = 0,
+    ref_frame: int = rp.REFERENCE_FRAME,
+    motion: bool = False,
+    half_table: bool = False,
+) -> Rope:
+    """Positions of the sequence noisy | reference | motion, for the one-pass forwards."""
+    grids = [
+        rp.video_grid(frame_start, frames, height // config.patch, width // config.patch),
+        *rp.sink_grids(height, width, config.patch, ref_frame - rp.REFERENCE_FRAME, motion),
+    ]
+    return rp.rope(grids, config.head_dim, half_table=half_table)
+
+
+def train_forward(
+    model: CausalDiT,
+    latent_BFHWC: Float[Array, "B F H W C"],
+    t_BF: Float[Any, "B F"],
+    *,
+    text_BSE: Float[Array, "B S E"],
+    audio: AudioTokens | Float[Array, "B P L A T"],
+    ref_B1HWC: Float[Array, "B 1 H W C"],
+    motion_BFHWC: Float[Array, "B F H W C"] | None = None,
+    pose_BFHWC: Float[Array, "B F H W C"] | None = None,
+    actor_mask_BPFHW: Float[Array, "B P F H W"] | None = None,
+    rope: Rope | None = None,
+    drop_motion: DropMotion = "none",
+    blockwise_audio: bool = False,
+    mask: Bool[Any, "T T"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B F H W C"]:
+    """Diffusion forcing: the whole clip in one pass, block-causal, one timestep (0..1000) per frame.
+
+    Reference behaviour 3.9. `audio`: tokens, or features [B, P speakers, L, A, 4 F], which are encoded as
+    one stretch, or with `blockwise_audio` block by block, as streaming does. `rope` defaults to a clip
+    that starts at frame 0 with the reference at 30 (see `train_rope`; it may also be traced).
+    `mask` [T, T] replaces the block-causal one, over noisy | reference | motion tokens.
+    """
+    config = model.config
+    frames, height, width = latent_BFHWC.shape[1:4]
+    if not isinstance(audio, AudioTokens):
+        pieces = config.block_frames if blockwise_audio else None
+        audio = encode_audio(model.audio_encoder, audio, block_frames=pieces)
+    table = train_rope(config, frames, height, width, motion=motion_BFHWC is not None) if rope is None else rope
+    x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
+    sequence_parts = [x, model.embed_reference(ref_B1HWC)]
+    if motion_BFHWC is not None:
+        n_motion = table.cos.shape[0] - sum(part.shape[1] for part in sequence_parts)
+        dropped = {"none": 0, "all": n_motion, "part": max(0, config.motion_frames[1] - frames)}[drop_motion]
+        sequence_parts.append(model.embed_motion(motion_BFHWC, drop=dropped))
+        if dropped:
+            first = table.cos.shape[0] - n_motion
+            kept = np.ones((table.cos.shape[0], 1), np.float32)
+            kept[first : first + dropped] = 0
+            table = Rope(table.cos * kept, table.sin * kept)
+    noisy = x.shape[1]
+    x = jnp.concatenate(sequence_parts, axis=1)
+    sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
+    if mask is None:
+        mask = block_causal_mask(*sequence, config.block_frames)
+    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, mask, height, remat)
+
+
+def teacher_forward(
+    model: CausalDiT,
+    latent_BFHWC: Float[Array, "B F H W C"],
+    t_B: Float[Any, "B"],
+    *,
+    text_BSE: Float[Array, "B S E"],
+    audio_BPLAT: Float[Array, "B P L A T"],
+    ref_B1HWC: Float[Array, "B 1 H W C"],
+    motion_BFHWC: Float[Array, "B F H W C"] | None = None,
+    pose_BFHWC: Float[Array, "B F H W C"] | None = None,
+    add_last_motion: int = 2,
+    remat: bool = False,
+) -> Float[Array, "B F H W C"]:
+    """The bidirectional teacher (Wan2.2-S2V): full attention, one timestep per sample.
+
+    Reference behaviour 12. Motion frames are dropped by leaving them out (None).
+    """
+    config = model.config
+    frames, height, width = latent_BFHWC.shape[1:4]
+    audio = encode_audio(model.audio_encoder, audio_BPLAT)
+    table = train_rope(config, frames, height, width, motion=motion_BFHWC is not None)
+    x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
+    noisy = x.shape[1]
+    parts = [x, model.embed_reference(ref_B1HWC)]
+    if motion_BFHWC is not None:
+        parts.append(model.embed_motion(motion_BFHWC, add_last_motion=add_last_motion))
+    x = jnp.concatenate(parts, axis=1)
+    sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
+    xp = np if isinstance(t_B, np.ndarray) else jnp
+    t_BF = xp.broadcast_to(t_B[:, None], (t_B.shape[0], frames))
+    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, None, table, None, height, remat)
+
+
+def _one_pass(
+    model: CausalDiT,
+    x: Array,
+    sequence: Sequence,
+    t_BF: Any,
+    text_BSE: Array,
+    audio: AudioTokens,
+    actor_mask_BPFHW: Array | None,
+    table: Rope,
+    mask: Bool[Any, "T T"] | None,
+    height: int,
+    remat: bool,
+) -> Array:
+    times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
+
+    def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, None]:
+        return dot_product_attention(apply_rope(q, table), apply_rope(kv.k, table), kv.v, mask=mask), state, None
+
+    x, _, _ = run_layers(
+        model,
+        x,
+        with_condition_row(model, times).e0,
+        model.text_keys_values(text_BSE),
+        sequence,
+        attend,
+        audio=audio,
+        actor_mask_BPFHW=actor_mask_BPFHW,
+        remat=remat,
+    )
+    return model.head(x[:, : sequence.noisy], times.e, height // model.config.patch)
