@@ -82,3 +82,53 @@ class DiTConfig:
             raise ValueError(f"width {self.width} must split into {self.heads} heads of an even dimension")
         if any(not 0 <= layer < self.layers for layer in self.inject_layers):
             raise ValueError(f"inject_layers {self.inject_layers} must lie in [0, {self.layers})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How blocks are denoised, remembered and decoded: every stability mechanism is a switch here.
+
+    The presets below name the variants of the reference; ablations are `dataclasses.replace`.
+    """
+
+    steps: int = 4
+    shift: float = 3.0
+    double_shift: bool = True  # the reference applies the shift twice (last sigma 0.0089)
+    ring_blocks: int = 4  # blocks of history including the current one
+    # Sink: the reference frame (and packed motion frames) every block attends to.
+    sink: bool = True
+    motion: bool = True  # packed motion frames are part of the sink
+    adapt_sink_after: int | None = 4  # blocks; then the sink becomes the first generated latent (AAS)
+    adapt_motion: bool = False  # AAS also re-encodes the motion frames from the decoded video
+    # Rolling RoPE: frames that the sink keeps ahead of the block; (low, high) draws one per forward.
+    rolling_rope: bool = True
+    sink_distance: int | tuple[int, int] = (4, 30)
+    half_rope_table: bool = False  # round cosines to float16, as the released code does
+    # What the ring remembers: keys of latents at the step's own noise, clean, or at one fixed sigma.
+    history: Literal["noisy", "clean", "fixed_noise"] = "noisy"
+    history_sigma: float = 0.1  # for "fixed_noise"
+    # Where latents come from and how they are decoded.
+    reference_copies: Literal[1, 5] = 1  # 5: the image repeated, second latent frame (single-GPU release)
+    motion_copies: int = 73  # copies of the image that are encoded as motion frames
+    decode: Literal["stream", "clip"] = "stream"
+    clip_blocks: int = 4  # blocks per clip, for decode="clip"
+    prime_latents: int = 7  # latents of the still image that fill the streaming decoder's caches
+    drop_first_frames: int = 3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.adapt_motion and self.decode != "clip":
+            raise ValueError("adapt_motion re-encodes decoded clips and needs decode='clip'")
+
+
+# The released single-GPU script (AAS is off there unless --enable_online_decode is passed).
+RELEASE_SINGLE = SamplingConfig(
+    adapt_sink_after=None, reference_copies=5, motion_copies=5 * 73, decode="clip"
+)
+# The released five-GPU pipeline.
+RELEASE_TPP = SamplingConfig()
+# The paper: the sink adapts after block 0 and keeps one distance; no motion frames after stage 2.
+PAPER = SamplingConfig(adapt_sink_after=1, motion=False, sink_distance=17)
+
+SAMPLING_PRESETS = {"release-single": RELEASE_SINGLE, "release-tpp": RELEASE_TPP, "paper": PAPER}
