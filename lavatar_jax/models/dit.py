@@ -141,7 +141,7 @@ class CausalDiT(nnx.Module):
         """`timestep_sinusoid` of each frame -> embeddings, in float32."""
         e = self.time_embed(sinusoid_BFQ)
         e0 = self.time_project(jax.nn.silu(e))
-        return Times(e, e0.reshape(*e.shape[:2], 6, -1))
+        return Times(e, e0.reshape(*e.shape[:2], 6, self.config.width))
 
     def embed_noisy(self, latent_BFHWC: Array, pose_BFHWC: Array | None) -> Float[Array, "B T D"]:
         """Noisy latents and pose latents (None: "no pose", zeros) -> tokens."""

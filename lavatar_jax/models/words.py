@@ -22,7 +22,7 @@ def word_vector(word: str, dim: int) -> Float[np.ndarray, " dim"]:
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(dim).astype(np.float32)
 
 
-def encode_prompt(prompt: str, *, dim: int, length: int) -> Float[np.ndarray, "length dim"]:
+def encode_words(prompt: str, length: int, dim: int) -> Float[np.ndarray, "length dim"]:
     """Vectors of the first `length` words (lower case, letters and digits only), zeros after the last."""
     words = re.findall(r"[^\W_]+", prompt.lower())[:length]
     encoded = np.zeros((length, dim), np.float32)
