@@ -1,0 +1,95 @@
+"""Everything that training changes, as one pytree of named arrays.
+
+Parameters are a flat dict from dotted names (`blocks.attn.q.weight`) to arrays, so that the optimizer,
+the average, checkpoints and the shipped safetensors files all speak of the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = dict[str, jax.Array]
+Model = TypeVar("Model")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """`seconds` is the training time so far, without compilation; it drives time-based schedules."""
+
+    params: Params
+    average: Params  # exponential moving average of params: the weights to evaluate and ship
+    optimizer: optax.OptState
+    step: jax.Array  # int32 []
+    seconds: jax.Array  # float32 []
+    key: jax.Array  # uint32 key data
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Dotted name of a leaf. A Variable's own key (`.value`) is left out: it names no module."""
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(part for part in parts if part not in ("value", "raw_value", "_raw_value"))
+
+
+def split_model(model: Model) -> tuple[Params, Callable[[Params], Model]]:
+    """Take a module apart into named arrays; the second result puts it together again."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    names = [leaf_name(path) for path, _ in leaves]
+    if len(set(names)) != len(names):
+        raise ValueError("two parameters of the model have the same name")
+
+    def merge(params: Params) -> Model:
+        return jax.tree_util.tree_unflatten(structure, [params[name] for name in names])
+
+    return dict(zip(names, [leaf for _, leaf in leaves], strict=True)), merge
+
+
+def create_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step. `average` starts as a copy: donated buffers must not be shared."""
+    return TrainState(
+        params=params,
+        average=jax.tree.map(jnp.copy, params),
+        optimizer=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        seconds=jnp.zeros((), jnp.float32),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, clip: float = 1.0
+) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimisation step `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
+
+    `loss_fn(params, batch, key) -> (loss, metrics)`. The optimizer is built for a learning rate of 1, and the
+    rate is an argument, because a schedule in seconds is known to the host only. The average uses
+    `min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the initial weights quickly.
+    """
+
+    def step_fn(state: TrainState, batch: Any, rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        norm = optax.tree.norm(grads)
+        # A step whose gradient is not finite is skipped: one bad batch must not end a long run.
+        scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1.0, clip / (norm + 1e-9)), 0.0)
+        grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0.0), grads)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+        average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), state.average, params)
+        state = dataclasses.replace(
+            state, params=params, average=average, optimizer=opt_state, step=state.step + 1
+        )
+        return state, {"loss": loss, "grad_norm": norm, **metrics}
+
+    return jax.jit(step_fn, donate_argnums=0)
