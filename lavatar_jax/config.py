@@ -93,7 +93,7 @@ class SamplingConfig:
 
     steps: int = 4
     shift: float = 3.0
-    double_shift: bool = True  # the reference applies the shift twice (last sigma 0.0089)
+    doubly_shifted: bool = True  # the reference applies the shift twice (last sigma 0.0089)
     ring_blocks: int = 4  # blocks of history including the current one
     # Sink: the reference frame (and packed motion frames) every block attends to.
     sink: bool = True

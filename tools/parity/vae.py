@@ -37,7 +37,7 @@ def load_vae(case_dir: Path) -> CausalVAE:
     return convert(load_file(case_dir / "weights.safetensors"), WAN21_RULES, model)
 
 
-def check(case_dir: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, float, float]]:
+def check(case_dir: Path) -> Iterator[Comparison]:
     """Yield (name, ours, reference, rtol, atol) of every output of the case."""
     case = json.loads((case_dir / "case.json").read_text())
     inputs = load_file(case_dir / "inputs.safetensors")
@@ -46,7 +46,7 @@ def check(case_dir: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, float, 
     vae = load_vae(case_dir)
     video, latent = channels_last(inputs["video"]), channels_last(inputs["z"])
 
-    def compare(name: str, got: jax.Array) -> Comparison:
+    def compare(name: str, got: jax.Array | np.ndarray) -> Comparison:
         return name, np.asarray(got), channels_last(want[name]), tolerance["rtol"], tolerance["atol"]
 
     encode = jax.jit(CausalVAE.encode)

@@ -1,0 +1,63 @@
+"""From latents to frames: as an endless stream, or clip by clip as the single-GPU release does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lavatar_jax.models.vae import CausalVAE, to_pixels
+
+encode = jax.jit(lambda vae, video: vae.encode(video))
+
+
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
+def _stream(vae: CausalVAE, latent: Array, cache: Any, *, first: bool) -> tuple[Array, Any]:
+    video, cache = vae.stream_decode(latent, cache, first=first)
+    return to_pixels(video), cache
+
+
+class StreamDecoder:
+    """Every block becomes 12 frames, with the VAE's causal caches carried on (release TPP, paper)."""
+
+    def __init__(self, vae: CausalVAE, still_BFHWC: Float[Array, "B F H W C"], drop_first: int) -> None:
+        batch, _, height, width, _ = still_BFHWC.shape
+        self.vae, self._drop = vae, drop_first
+        cache = vae.init_decode_cache(batch, height, width)
+        # The still image fills the caches, so that the video does not begin out of nothing.
+        _, self._cache = _stream(vae, still_BFHWC, cache, first=True)
+
+    def __call__(self, latent_BFHWC: Float[Array, "B F H W C"]) -> Float[Array, "B T H W 3"]:
+        video, self._cache = _stream(self.vae, latent_BFHWC, self._cache, first=False)
+        dropped, self._drop = self._drop, 0
+        return video[:, dropped:]
+
+
+@functools.partial(jax.jit, static_argnames="frames")
+def _clip(vae: CausalVAE, motion: Array, clip: Array, *, frames: int) -> Array:
+    return to_pixels(vae.decode(jnp.concatenate([motion, clip], axis=1)))[:, -frames:]
+
+
+class ClipDecoder:
+    """Whole clips, each decoded behind the latents of the frames before it (release, single GPU).
+
+    `history` [B, T, H, W, 3]: the pixels before the video (copies of the photo); `motion` their latents.
+    The newest `overlap` decoded frames push the oldest of the history out; `motion` follows.
+    Reference behaviour 4.8 and 4.9.
+    """
+
+    def __init__(self, vae: CausalVAE, history: Array, motion: Array, overlap: int, drop_first: int) -> None:
+        self.vae, self.history, self.motion = vae, history, motion
+        self._overlap, self._drop = overlap, drop_first
+
+    def __call__(self, clip_BFHWC: Float[Array, "B F H W C"]) -> Float[Array, "B T H W 3"]:
+        frames = clip_BFHWC.shape[1] * self.vae.config.temporal_factor
+        video = _clip(self.vae, self.motion, clip_BFHWC, frames=frames)[:, self._drop :]
+        self._drop = 0
+        overlap = min(self._overlap, video.shape[1])
+        self.history = jnp.concatenate([self.history[:, overlap:], video[:, -overlap:]], axis=1)
+        self.motion = encode(self.vae, self.history)
+        return video

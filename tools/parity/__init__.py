@@ -1,0 +1,1 @@
+"""Recomputing recorded cases of the PyTorch reference with the public modules, one file per part."""
