@@ -1,0 +1,55 @@
+"""Writing result files: checked before the work starts, never left half-written, errors told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lavatar_jax.errors import UserError
+
+
+def check_output(path: str | Path, suffix: str) -> Path:
+    """Says now what would go wrong after minutes of work. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file, such as {path / f'avatar{suffix}'}")
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path}: the output is a {suffix} file; give a name that ends so")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{path}: not allowed to write there")
+    return path
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name in the same folder, so that renaming it to `path` is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about a file being written into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; free some space or write elsewhere") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Saves uint8 [H, W, 3], atomically. Raises UserError."""
+    part = temporary_name(path)
+    try:
+        with write_errors(path):
+            Image.fromarray(image).save(part, format="PNG")
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
