@@ -294,11 +294,11 @@ def _glasses(identity: Identity, frame: Frame) -> list[Layer]:
 def _hair_front(identity: Identity, frame: Frame, front: Array) -> list[Layer]:
     x, y = frame.head_x, frame.head_y
     band = coverage(jnp.abs(ellipse(x, y + 0.03, identity.head_width, identity.head_height) + 0.045) - 0.025, 0.06)
-    strands = jnp.sin(46.0 * x - 22.0 * identity.hairline_tilt * y)
+    strands = jnp.sin(17.0 * (x + 0.4 * identity.hairline_tilt) / jnp.maximum(y + 1.0, 0.25))  # fan out from the crown
     return [
         Layer(front, identity.hair, HAIR),
-        Layer(0.25 * front * jnp.clip(strands, 0.0, 1.0), _shade(identity.hair, 0.6), HAIR),
-        Layer(0.4 * front * band * coverage(y + 0.25, 0.2), _tint(identity.hair, 0.35), HAIR),
+        Layer(0.22 * front * jnp.clip(strands, 0.0, 1.0), _shade(identity.hair, 0.6), HAIR),
+        Layer(0.3 * front * band * coverage(y + 0.25, 0.2), _tint(identity.hair, 0.35), HAIR),
     ]
 
 
