@@ -18,7 +18,7 @@ DILATION = 0.1  # of the longer side of the actor's box
 
 
 def load_actor_masks(paths: Sequence[str | Path]) -> np.ndarray:
-    """One image per actor, bright where the actor is: bool [A, 1, H, W].
+    """One image per actor, bright where the actor is: bool [P, 1, H, W].
 
     Raises UserError for unreadable images and for images of different sizes.
     """
@@ -33,17 +33,17 @@ def load_actor_masks(paths: Sequence[str | Path]) -> np.ndarray:
 
 
 def build_actor_masks(masks: np.ndarray, tokens_FHW: tuple[int, int, int]) -> np.ndarray:
-    """Weights of every actor's audio residual: float32 [A, F, H, W, 1], in tokens of the latent video.
+    """Weights of every actor's audio residual: float32 [P, F, H, W], in tokens of the latent video.
 
-    `masks` [A, frames, h, w] is non-zero where the actor is; later actors overwrite earlier ones.
+    `masks` [P, frames, h, w] is non-zero where the actor is; later actors overwrite earlier ones.
     """
     dilated = dilate(route(masks, tokens_FHW))
     others = dilated.sum(axis=0, keepdims=True) - dilated
-    return (others == 0).astype(np.float32)[..., None]
+    return (others == 0).astype(np.float32)
 
 
 def route(masks: np.ndarray, tokens_FHW: tuple[int, int, int]) -> np.ndarray:
-    """The one actor (or none) that each token belongs to, one-hot: bool [A, F, H, W]."""
+    """The one actor (or none) that each token belongs to, one-hot: bool [P, F, H, W]."""
     present = (np.asarray(masks) > 0).astype(np.float32)
     for axis, size in zip((1, 2, 3), tokens_FHW, strict=True):
         present = _resize_linear(present, axis, size)
@@ -56,7 +56,7 @@ def route(masks: np.ndarray, tokens_FHW: tuple[int, int, int]) -> np.ndarray:
 def dilate(regions: np.ndarray, ratio: float = DILATION) -> np.ndarray:
     """Grows the region of each actor in each frame by a square, in proportion to its bounding box.
 
-    [A, F, H, W] bool -> the same. The square reaches `ratio` of the box's longer side, at least one token.
+    [P, F, H, W] bool -> the same. The square reaches `ratio` of the box's longer side, at least one token.
     """
     grown = regions.copy()
     for index in np.ndindex(regions.shape[:2]):
