@@ -101,7 +101,7 @@ def angles(grids: list[Grid], head_dim: int) -> Float[np.ndarray, "T half"]:
             position = _positions(grid.start[axis], grid.shape[axis], grid.target[axis], mirrored)
             frequency = THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
             shape = [1, 1, 1, dim // 2]
-            shape[axis] = -1
+            shape[axis] = len(position)
             angle = (position[:, None] * frequency).reshape(shape)
             axes.append(np.broadcast_to(angle, (*grid.shape, dim // 2)))
         parts.append(np.concatenate(axes, axis=-1).reshape(-1, head_dim // 2))
