@@ -1,0 +1,71 @@
+"""The ring of past blocks: its slots against an explicit window, for as long as one likes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lavatar_jax.models.attention import dot_product_attention, init_cache, ring_slot
+from tests.tiny import normal, tiny_config
+
+RINGS = st.tuples(st.integers(1, 9), st.integers(1, 5))  # blocks in the ring, tokens in a block
+
+
+@given(ring=RINGS, total=st.integers(1, 60))
+def test_slots_hold_the_newest_blocks(ring, total) -> None:
+    """Write block numbers where `ring_slot` says, and compare with a list of the last blocks."""
+    blocks, tokens = ring
+    memory = np.full(blocks * tokens, -1)
+    for block in range(total):
+        slot = ring_slot(block, tokens, blocks * tokens)
+        memory[slot.offset : slot.offset + tokens] = block
+        window = range(max(0, block - blocks + 1), block + 1)
+        assert sorted(memory[: slot.end]) == sorted(np.repeat(window, tokens))
+        assert (memory[slot.end :] == -1).all()
+        assert slot.start is None
+
+
+@given(ring=RINGS, block=st.integers(2**40, 2**70))
+def test_blocks_never_grow_too_large(ring, block) -> None:
+    """What goes to the device depends on the block's place in the ring only, and fits 32 bits."""
+    blocks, tokens = ring
+    slot = ring_slot(block, tokens, blocks * tokens)
+    assert slot == ring_slot(block % blocks + blocks, tokens, blocks * tokens)
+    assert slot.end == blocks * tokens
+    assert slot.offset == block % blocks * tokens < 2**31
+    assert ring_slot(block + 1, tokens, blocks * tokens).offset == (slot.offset + tokens) % slot.end
+
+
+@given(ring=RINGS, local=st.integers(1, 50))
+def test_local_attention_sees_the_latest_tokens_until_the_ring_wraps(ring, local) -> None:
+    blocks, tokens = ring
+    for block in range(blocks):
+        slot = ring_slot(block, tokens, blocks * tokens, local_tokens=local)
+        assert slot.end == (block + 1) * tokens
+        assert slot.end - slot.start == min(local, slot.end)
+    with pytest.raises(ValueError, match="until the ring wraps"):
+        ring_slot(blocks, tokens, blocks * tokens, local_tokens=local)
+
+
+def test_a_ring_of_part_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 tokens is not a whole number of blocks of 4"):
+        ring_slot(0, 4, 10)
+
+
+def test_an_empty_cache_has_the_sink_in_front() -> None:
+    cache = init_cache(tiny_config(), 3, 5, 12, jnp.bfloat16)
+    assert cache.k.shape == cache.v.shape == (2, 3, 17, 2, 8)
+    assert cache.sink_k.shape == (2, 3, 5, 2, 8)
+    assert (cache.sink_tokens, cache.ring_tokens) == (5, 12)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_keys_beyond_the_length_do_not_exist() -> None:
+    q, k, v = (normal(i, 2, tokens, 2, 8) for i, tokens in enumerate((3, 7, 7)))
+    want = dot_product_attention(q, k[:, :4], v[:, :4])
+    poisoned = v.at[:, 4:].set(1e9)
+    np.testing.assert_allclose(dot_product_attention(q, k, poisoned, length=4), want, atol=1e-6)
+    mask = np.arange(7)[None] < np.full((3, 1), 4)
+    np.testing.assert_allclose(dot_product_attention(q, k, poisoned, mask=mask), want, atol=1e-6)

@@ -1,0 +1,74 @@
+"""Transformers of a few thousand parameters, with random numbers in every one of them.
+
+Fresh models have zeros where training begins as the identity (injectors, head); a test on those would
+not notice a wrong operand. Filling the abstract model also saves compiling its initialisers.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.models.attention import KV
+from lavatar_jax.models.dit import CausalDiT, timestep_sinusoid
+
+
+def tiny_config(**changes) -> DiTConfig:
+    """Two layers of width 16, the second with audio; 12 video frames a block, as everywhere."""
+    config = DiTConfig(
+        layers=2,
+        width=16,
+        heads=2,
+        ffn_width=24,
+        latent_channels=3,
+        freq_dim=8,
+        text_dim=6,
+        text_len=4,
+        audio_dim=5,
+        audio_layers=2,
+        inject_layers=(1,),
+        use_motion=False,
+        use_pose=False,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@functools.cache
+def random_dit(config: DiTConfig, seed: int = 0) -> CausalDiT:
+    """Activations keep about unit variance; norms scatter around 1."""
+    rng = np.random.default_rng(seed)
+    abstract = jax.eval_shape(lambda: CausalDiT(config, rngs=nnx.Rngs(0)))
+
+    def fill(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        stacked = path.startswith(("blocks.", "injectors."))
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        x = rng.normal(size=leaf.shape)
+        if len(shape) > 1:
+            x = x / math.sqrt(math.prod(shape[:-1]))
+        else:
+            x = 0.2 * x + path.endswith(".weight")
+        return jnp.asarray(x, jnp.float32)
+
+    leaves = [fill(path, leaf) for path, leaf in param_paths(abstract).items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def embed_times(model: CausalDiT, t_BF) -> tuple[jax.Array, jax.Array]:
+    """`Times` of timesteps 0..1000, one per frame."""
+    return model.embed_time(jnp.asarray(timestep_sinusoid(np.asarray(t_BF), model.config.freq_dim)))
+
+
+def text_of(model: CausalDiT, batch: int, seed: int = 7) -> tuple[jax.Array, KV]:
+    """Prompt states and their keys and values."""
+    states = normal(seed, batch, model.config.text_len, model.config.text_dim)
+    return states, model.text_keys_values(states)
