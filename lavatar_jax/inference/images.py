@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.inputs import check_input
 
 MAX_PIXELS = 100_000_000  # a 100-megapixel photo is real, a larger one is more likely a bomb
 FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
@@ -22,11 +23,7 @@ def load_image(path: str | Path) -> np.ndarray:
     Raises UserError if the file is missing, empty, a folder, no image, truncated or too large; the number of
     pixels is checked before any is decoded.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such image file")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give one image file ({FORMATS})")
+    path = check_input(path, "image", FORMATS)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -35,11 +32,7 @@ def load_image(path: str | Path) -> np.ndarray:
     except Image.DecompressionBombError:
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise UserError(f"{path}: image of more than {limit}; make it smaller first") from None
-    except PermissionError:
-        raise UserError(f"{path}: not allowed to read this file") from None
     except Exception:  # decoders fail on damaged data in every way; what they say does not help a user
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is an empty file; give an image ({FORMATS})") from None
         raise UserError(f"{path} is not an image, or is damaged; give a complete {FORMATS} file") from None
 
 

@@ -15,13 +15,12 @@ import numpy as np
 import soxr
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.inputs import open_media
 
 SAMPLE_RATE = 16_000  # Hz, what the audio encoders were trained on
 TRACK_RATE = 48_000  # Hz, what every player and AAC encoder takes
 LOUDEST = 1000.0  # float samples lie in [-1, 1]; beyond this they are damage (or not a number)
 FORMATS = "WAV, MP3, FLAC, OGG or M4A"
-# Demuxers for sound and for videos with sound; playlists, which name other files to read, are not among them.
-DEMUXERS = "wav,w64,aiff,au,caf,mp3,flac,ogg,mov,aac,matroska,mpegts,avi,amr,ac3,asf"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +48,6 @@ def load_sound(path: str | Path) -> Sound:
     samples that are not numbers.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such audio file")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give one audio file ({FORMATS})")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is an empty file; give a recording ({FORMATS})")
     buffer = bytearray()  # grows in place: a list of pieces would have to be held twice to be joined
     for piece in read_sound(path, rate=SAMPLE_RATE, channels=1):
         buffer += piece.tobytes()
@@ -83,20 +76,10 @@ def read_sound(path: Path, *, rate: int, channels: int) -> Iterator[np.ndarray]:
         yield resampled
     if resampler is not None:
         # The filter held a few milliseconds back; its rounding must not change the length.
-        rest = (
-            resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True).reshape(-1, channels).T
-        )
+        nothing = np.zeros((0, channels), np.float32)
+        rest = resampler.resample_chunk(nothing, last=True).reshape(-1, channels).T
         missing = max(0, -(-received * rate // source_rate) - sent)
         yield np.pad(rest, [(0, 0), (0, max(0, missing - rest.shape[1]))])[:, :missing]
-
-
-def _open(path: Path) -> av.container.InputContainer:
-    try:
-        return av.open(str(path), options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
-    except PermissionError:
-        raise UserError(f"{path}: not allowed to read this file") from None
-    except (av.FFmpegError, OSError, ValueError):
-        raise UserError(f"{path} is not a sound file, or is damaged; give a {FORMATS} file") from None
 
 
 def _audio_stream(container: av.container.InputContainer, path: Path) -> av.AudioStream:
@@ -106,13 +89,13 @@ def _audio_stream(container: av.container.InputContainer, path: Path) -> av.Audi
 
 
 def _count_channels(path: Path) -> int:
-    with _open(path) as container:
+    with open_media(path, "audio", FORMATS) as container:
         return _audio_stream(container, path).channels
 
 
 def _decode(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (rate, float32 [channels, n]) as the file has them."""
-    with _open(path) as container:
+    with open_media(path, "audio", FORMATS) as container:
         stream = _audio_stream(container, path)
         to_float = av.AudioResampler(format="fltp")
         try:

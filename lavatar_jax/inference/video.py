@@ -19,10 +19,13 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.inputs import open_media
 from lavatar_jax.inference.output import temporary_name, write_errors
-from lavatar_jax.inference.sound import TRACK_RATE
+from lavatar_jax.inference.sound import TRACK_RATE, Sound, load_sound
 
 FPS = 25
+FORMATS = "MP4, MOV, MKV or WebM"
+LARGEST = 8192  # rows or columns; more is beyond H.264 decoders
 BT709 = 1  # one code for matrix, primaries and transfer; without it players guess, and skin changes colour
 LIMITED_RANGE = 1
 
@@ -48,12 +51,15 @@ class VideoWriter:
         self,
         path: str | Path,
         *,
-        scale: int = 1,
+        scale: int | None = None,
         fps: int = FPS,
         audio: Iterator[np.ndarray] | None = None,
         channels: int = 1,
     ) -> None:
-        """`audio` yields float32 [channels, n] at TRACK_RATE; silence follows where it ends too early."""
+        """`scale` enlarges (None: small frames to at least 512 rows).
+
+        `audio` yields float32 [channels, n] at TRACK_RATE; silence follows where it ends too early.
+        """
         self.path = Path(path)
         self.frames = 0  # written so far
         self._scale, self._fps = scale, fps
@@ -74,9 +80,12 @@ class VideoWriter:
             self._catch_up(container)
 
     def _open(self, height: int, width: int) -> av.container.OutputContainer:
+        scale = self._scale or default_scale(height)
+        height, width = (scale * (side + side % 2) for side in (height, width))
+        if max(height, width) > LARGEST:
+            raise UserError(f"a video of {width}x{height} is too large; use a smaller --scale")
         # "faststart" moves the index to the front, so that a browser can play before all is loaded.
         self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
-        height, width = (self._scale * (side + side % 2) for side in (height, width))
         options = {"preset": "veryfast", "crf": "18"}
         self._video = self._container.add_stream("libx264", rate=self._fps, options=options)
         self._video.width, self._video.height, self._video.pix_fmt = width, height, "yuv420p"
@@ -174,36 +183,32 @@ def _even(frames: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Video:
-    """A video in memory: frames uint8 [T, H, W, 3] and, if it has any, sound float32 [channels, n]."""
+    """A video in memory: frames uint8 [T, H, W, 3] at `fps`, and the sound if there is any."""
 
     frames: np.ndarray
     fps: float
-    sound: np.ndarray | None
-    rate: int  # of the sound, Hz; 0 without sound
+    sound: Sound | None
 
 
 def read_video(path: str | Path) -> Video:
     """Decodes a whole video. Raises UserError if it is missing, no video, or damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such video file")
-    frames, sound = [], []
-    try:
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no pictures in it; give a video")
-            video = container.streams.video[0]
-            rate = container.streams.audio[0].rate if container.streams.audio else 0
-            to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode([video, *container.streams.audio[:1]]):
-                if isinstance(frame, av.VideoFrame):
-                    frames.append(frame.to_ndarray(format="rgb24"))
-                elif isinstance(frame, av.AudioFrame):
-                    sound += [planar.to_ndarray() for planar in to_float.resample(frame)]
-            fps = float(video.average_rate or 0)
-    except (av.FFmpegError, OSError, ValueError):
-        raise UserError(f"{path} is not a video, or is damaged") from None
-    if not frames:
-        raise UserError(f"{path} has no pictures in it; give a video")
-    joined = np.concatenate(sound, axis=1) if sound else None
-    return Video(frames=np.stack(frames), fps=fps, sound=joined, rate=rate)
+    with open_media(path, "video", FORMATS) as container:
+        has_sound = bool(container.streams.audio)
+        fps = float(container.streams.video[0].average_rate or 0) if container.streams.video else 0
+    frames = np.stack(list(read_frames(path)))
+    return Video(frames=frames, fps=fps, sound=load_sound(path) if has_sound else None)
+
+
+def read_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """Decodes a video frame by frame: uint8 [H, W, 3]. Raises UserError as `read_video` does."""
+    with open_media(path, "video", FORMATS) as container:
+        if not container.streams.video:
+            raise UserError(f"{path} has no pictures in it; give a video")
+        count = 0
+        try:
+            for count, frame in enumerate(container.decode(video=0), start=1):
+                yield frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, ValueError):
+            raise UserError(f"{path} is damaged or cut off; give a complete video") from None
+        if not count:
+            raise UserError(f"{path} has no pictures in it; give a video")

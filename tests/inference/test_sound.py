@@ -101,11 +101,11 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -
     [
         ("missing.wav", None, "no such audio"),
         ("empty.wav", b"", "empty"),
-        ("letter.wav", b"dear reader\n" * 99, "not a sound file"),
-        ("letter.txt", b"dear reader\n" * 99, "not a sound file"),
-        ("head.mp3", b"ID3\x04\x00\x00\x00\x00\x00\x00", "not a sound file|damaged"),
-        ("list.m3u8", b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "not a sound file"),
-        ("list.wav", b"ffconcat version 1.0\nfile other.wav\n", "not a sound file"),
+        ("letter.wav", b"dear reader\n" * 99, "no audio file"),
+        ("letter.txt", b"dear reader\n" * 99, "no audio file"),
+        ("head.mp3", b"ID3\x04\x00\x00\x00\x00\x00\x00", "no audio file|damaged"),
+        ("list.m3u8", b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "no audio file"),
+        ("list.wav", b"ffconcat version 1.0\nfile other.wav\n", "no audio file"),
     ],
 )
 def test_bad_files_are_one_clear_line(
