@@ -1,0 +1,57 @@
+"""What the command lines share: parsing into dataclasses, and one line on stderr for what a user did wrong.
+
+Exit codes: 0 done, 2 wrong input (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tyro.extras import subcommand_cli_from_dict
+
+from lavatar_jax.errors import UserError
+
+
+def parse(
+    commands: dict[str, Callable[..., Any]], args: Sequence[str], *, prog: str, description: str
+) -> Any:
+    """Builds the dataclass of the command that `args` name, e.g. `["generate", "--steps", "4"]`.
+
+    Raises UserError for unknown commands, options and values; SystemExit(0) after `--help`.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return subcommand_cli_from_dict(commands, prog=prog, description=description, args=args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_one_line(complaint.getvalue())} (see {prog} --help)") from None
+
+
+def run(main: Callable[[], None]) -> int:
+    """Calls `main` and returns the exit code."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's framed error: its first part, and the option it suggests, if any."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    parts = [part.split("\n") for part in re.split(r"\n?─+\n?", "\n".join(lines))]
+    message = " ".join(parts[0]).rstrip(".")
+    for part in parts[1:]:
+        if part[0].startswith(("Perhaps you meant", "Available subcommands")):
+            message += f". {' '.join(part[:2])}"
+    return message or " ".join(box.split())
