@@ -1,0 +1,160 @@
+"""`serve.py generate`: a photo and a recording in, a talking video out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tyro.conf import arg
+
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.contact_sheet import ContactSheet
+from lavatar_jax.inference.images import load_image
+from lavatar_jax.inference.output import check_output, write_png
+from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
+from lavatar_jax.inference.video import VideoWriter, read_frames
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make a talking video from one photo and a recording."""
+
+    image: Annotated[Path, arg(metavar="IMAGE")] = SAMPLES / "face.png"
+    """Photo of the person: PNG, JPEG, WebP, ..."""
+    audio: Annotated[Path, arg(metavar="AUDIO")] = SAMPLES / "voice.flac"
+    """What they say: WAV, MP3, FLAC, OGG, M4A, ..."""
+    prompt: Annotated[str, arg(metavar="TEXT")] = ""
+    """How they look and behave."""
+    pose: Annotated[Path | None, arg(metavar="VIDEO")] = None
+    """Video of poses to follow, for models trained with poses."""
+    out: Annotated[Path, arg(metavar="MP4")] = Path("avatar.mp4")
+    """Where to write the video."""
+    seed: int = 0
+    """Same seed, same video."""
+    steps: int = 4
+    """Denoising steps a block."""
+    model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
+    """The bundled small model, or a folder with a converted one."""
+    devices: int = 1
+    """Accelerators to use."""
+    sheet: Annotated[Path | None, arg(metavar="PNG")] = None
+    """Also write a picture of 24 frames."""
+    scale: Annotated[int | None, arg(metavar="N")] = None
+    """Enlarge the video N times (default: small ones to at least 512 rows)."""
+
+    def run(self) -> None:
+        """Checks everything a user gave, then loads the model and makes the video. Raises UserError."""
+        self._check_numbers()
+        self._check_devices()
+        out = check_output(self.out, ".mp4")
+        sheet_path = check_output(self.sheet, ".png") if self.sheet else None
+        image = load_image(self.image)
+        sound = load_sound(self.audio)
+        if self.pose:
+            next(read_frames(self.pose))
+
+        # Imported only now: finding a mistake takes less time than importing jax.
+        from lavatar_jax.inference.conditions import load_model, make_conditions
+        from lavatar_jax.inference.rollout import generate
+
+        model = load_model(self.model)
+        fps = model.config.fps
+        if self.pose and not model.config.pose_supported:
+            raise UserError(
+                f"--pose {self.pose}: the model '{self.model}' was trained without poses; leave it out"
+            )
+        poses = {"pose": read_frames(self.pose)} if self.pose else {}
+        conditions = make_conditions(model, image, self.prompt)
+        blocks = generate(model, conditions, sound.samples, seed=self.seed, steps=self.steps, **poses)
+        total = -(-len(sound.samples) * fps // SAMPLE_RATE)
+        sheet = ContactSheet(total)
+        writer = VideoWriter(out, scale=self.scale, fps=fps, audio=sound.track(), channels=sound.channels)
+        try:
+            with FrameProgress(total, fps) as progress, writer:
+                for frames in first_frames(blocks, total):
+                    writer.write(frames)
+                    sheet.add(frames)
+                    progress.advance(len(frames))
+        except KeyboardInterrupt:
+            if writer.frames:
+                print(f"interrupted: the first {writer.frames / fps:.1f} s are in {out}", file=sys.stderr)
+            raise
+        print(f"{out}: {writer.frames / fps:.1f} s of video, {progress.summary()}")
+        if sheet_path:
+            write_png(sheet_path, sheet.image())
+            print(f"{sheet_path}: contact sheet")
+
+    def _check_numbers(self) -> None:
+        limits = {"seed": (0, 2**32 - 1), "steps": (1, 1000), "devices": (1, 1024), "scale": (1, 16)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} {value}: give a number from {low} to {high}")
+
+    def _check_devices(self) -> None:
+        if self.devices > 1:
+            raise UserError(f"--devices {self.devices}: generate uses one device so far; leave it out")
+
+
+def first_frames(blocks: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
+    """Blocks of frames [T, H, W, 3] until there are `total` frames; the last block is cut."""
+    for frames in blocks:
+        yield frames[:total]
+        total -= len(frames)
+        if total <= 0:
+            return
+
+
+class FrameProgress:
+    """A bar on stderr: frames, frames/s and how much faster than real time; only for people, not for logs.
+
+    The first block is left out of the speed: it contains the compilation.
+    """
+
+    def __init__(self, total: int, fps: int) -> None:
+        self._fps = fps
+        self._frames = self._first = 0
+        self._started = self._after_first = time.perf_counter()
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("starting", total=total, speed="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, count: int) -> None:
+        self._frames += count
+        if not self._first:
+            self._first, self._after_first = count, time.perf_counter()
+        self._progress.update(self._task, advance=count, description="frames", speed=self._speed())
+
+    def _speed(self) -> str:
+        if self._frames == self._first:
+            return ""
+        speed = (self._frames - self._first) / (time.perf_counter() - self._after_first)
+        return f"{speed:.0f} frames/s, {speed / self._fps:.1f}x real time"
+
+    def summary(self) -> str:
+        """How long all took, and the speed once running."""
+        seconds = f"made in {time.perf_counter() - self._started:.1f} s"
+        speed = self._speed()
+        return f"{seconds} ({speed} after the first block)" if speed else seconds

@@ -1,0 +1,18 @@
+"""Avatars from the command line: `python serve.py generate --help`."""
+
+import signal
+import sys
+
+from lavatar_jax.cli import parse, run
+from lavatar_jax.inference.generate import Generate
+
+COMMANDS = {"generate": Generate}
+
+
+def main(args: list[str]) -> None:
+    parse(COMMANDS, args, prog="serve.py", description="A talking avatar from one photo and speech.").run()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped is as good as Ctrl-C
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -1,0 +1,325 @@
+"""`serve.py generate` from its command line, with a stand-in for the model: what a user sees and finds.
+
+The stand-in paints frames that count, so cuts and repetitions would show. Every mistake must cost one line
+on stderr, exit code 2, and leave no file behind; and none may be found only after the model was loaded.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import serve
+from lavatar_jax.cli import run
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference import conditions, generate, rollout, video
+from lavatar_jax.inference.images import load_image
+from lavatar_jax.inference.sound import SAMPLE_RATE
+from lavatar_jax.inference.video import read_video
+
+SIZE = 32
+
+
+class StandIn:
+    """Takes the place of `load_model`, `make_conditions` and `generate`; remembers what it was asked for."""
+
+    def __init__(self, first_block: int = 12) -> None:
+        self.loaded: list[str] = []
+        self.asked: dict[str, object] = {}
+        self.first_block = first_block
+        self.before_block: Callable[[int], None] = lambda index: None
+
+    def load_model(self, name: str) -> SimpleNamespace:
+        self.loaded.append(name)
+        if name != "tiny":
+            raise UserError(f"{name}: no model.safetensors in this folder")
+        return SimpleNamespace(config=SimpleNamespace(fps=25, native_size=SIZE, pose_supported=False))
+
+    def make_conditions(self, model: SimpleNamespace, image: np.ndarray, prompt: str) -> str:
+        self.asked |= {"image": image, "prompt": prompt}
+        return "conditions"
+
+    def generate(
+        self, model: SimpleNamespace, conditions: str, samples: np.ndarray, *, seed: int, steps: int
+    ) -> Iterator[np.ndarray]:
+        self.asked |= {"samples": samples, "seed": seed, "steps": steps}
+        start = 0
+        for index in range(10_000):  # never ends by itself: the caller cuts
+            self.before_block(index)
+            count = self.first_block if index == 0 else 12
+            values = (np.arange(start, start + count) * 5 % 250).astype(np.uint8)
+            yield np.broadcast_to(values[:, None, None, None], (count, SIZE, SIZE, 3))
+            start += count
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    model = StandIn()
+    monkeypatch.setattr(conditions, "load_model", model.load_model, raising=False)
+    monkeypatch.setattr(conditions, "make_conditions", model.make_conditions, raising=False)
+    monkeypatch.setattr(rollout, "generate", model.generate, raising=False)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a good face.png and a good voice.wav of 1.1 s (27.5 frames)."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40), "orange").save("face.png")
+    soundfile.write("voice.wav", 0.3 * np.sin(np.arange(17_600) / 20), SAMPLE_RATE)
+    return tmp_path
+
+
+GOOD = ["generate", "--image", "face.png", "--audio", "voice.wav", "--out", "out.mp4", "--scale", "1"]
+
+
+def test_frames_sound_and_options_arrive(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.first_block = 9  # released checkpoints drop the first three frames
+    options = ["--prompt", "a friendly person", "--seed", "7", "--steps", "3", "--sheet", "sheet.png"]
+    assert run(lambda: serve.main([*GOOD, *options])) == 0
+    made = read_video("out.mp4")
+    assert len(made.frames) == 28
+    np.testing.assert_allclose(made.frames.mean((1, 2, 3)), np.arange(28) * 5 % 250, atol=3)
+    assert made.sound is not None
+    assert abs(made.sound.seconds - 28 / 25) < 1 / 25
+    assert load_image("sheet.png").shape == (4 * SIZE, 6 * SIZE, 3)
+    assert stand_in.asked["prompt"] == "a friendly person"
+    assert (stand_in.asked["seed"], stand_in.asked["steps"]) == (7, 3)
+    assert np.shape(stand_in.asked["image"]) == (40, 40, 3)
+    assert np.shape(stand_in.asked["samples"]) == (17_600,)
+    assert sorted(os.listdir()) == ["face.png", "out.mp4", "sheet.png", "voice.wav"]
+    out, err = capsys.readouterr()
+    assert "out.mp4: 1.1 s of video" in out
+    assert "sheet.png" in out
+    assert err == ""
+
+
+def test_without_arguments_the_bundled_sample_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(lambda: serve.main(["generate"])) == 0
+    assert "avatar.mp4" in capsys.readouterr().out
+    made = read_video("avatar.mp4")
+    assert made.frames.shape[1:3] == (512, 512)  # enlarged
+    assert made.sound is not None
+    assert made.sound.samples.std() > 0.01
+
+
+@pytest.mark.parametrize("count", [1, 639, 640, 641, 12 * 640, 12 * 640 + 1])
+def test_length_is_that_of_the_sound(folder: Path, stand_in: StandIn, count: int) -> None:
+    soundfile.write("voice.wav", np.zeros(count), SAMPLE_RATE)  # silence is not an error
+    assert run(lambda: serve.main(GOOD)) == 0
+    assert len(read_video("out.mp4").frames) == -(-count // 640)
+
+
+def cut(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def bad_text_png(path: str) -> None:
+    Path(path).write_text("not a picture\n" * 20)
+
+
+def bad_jpeg(path: str) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)).save(path)
+    cut(path)
+
+
+def bad_bomb(path: str) -> None:
+    Image.new("1", (12_000, 12_000)).save(path)
+
+
+def bad_nan(path: str) -> None:
+    soundfile.write(path, np.full(2000, np.nan), SAMPLE_RATE, subtype="FLOAT")
+
+
+def bad_zero_length(path: str) -> None:
+    soundfile.write(path, np.zeros(0), SAMPLE_RATE)
+
+
+def make_folder(path: str) -> None:
+    Path(path).mkdir()
+
+
+def nothing(path: str) -> None:
+    pass
+
+
+def empty(path: str) -> None:
+    Path(path).touch()
+
+
+MISTAKES = {
+    "missing image": ("--image", "x.png", nothing, "no such image file"),
+    "empty image": ("--image", "x.png", empty, "empty"),
+    "text named png": ("--image", "x.png", bad_text_png, "not an image"),
+    "truncated jpeg": ("--image", "x.jpg", bad_jpeg, "damaged"),
+    "decompression bomb": ("--image", "x.png", bad_bomb, "million pixels"),
+    "folder as image": ("--image", "x", make_folder, "folder"),
+    "missing audio": ("--audio", "x.wav", nothing, "no such audio file"),
+    "empty audio": ("--audio", "x.wav", empty, "empty"),
+    "text named wav": ("--audio", "x.wav", bad_text_png, "no audio file"),
+    "zero-length audio": ("--audio", "x.wav", bad_zero_length, "length is zero"),
+    "NaN samples": ("--audio", "x.wav", bad_nan, "not numbers"),
+    "picture as audio": ("--audio", "face.png", nothing, "no audio"),
+    "folder as output": ("--out", "x", make_folder, "folder"),
+    "no such folder": ("--out", "no/x.mp4", nothing, "no folder"),
+    "not an mp4": ("--out", "x.gif", nothing, ".mp4"),
+    "sheet in no folder": ("--sheet", "no/x.png", nothing, "no folder"),
+    "sheet not a png": ("--sheet", "x.jpg", nothing, ".png"),
+    "missing pose": ("--pose", "x.mp4", nothing, "no such video file"),
+    "pose is no video": ("--pose", "voice.wav", nothing, "no pictures"),
+    "unknown option": ("--colour", "red", nothing, "--colour"),
+    "misspelt option": ("--stepz", "3", nothing, "--steps"),
+    "steps not a number": ("--steps", "many", nothing, "--steps"),
+    "steps zero": ("--steps", "0", nothing, "--steps 0"),
+    "steps negative": ("--steps", "-4", nothing, "--steps -4"),
+    "steps a fraction": ("--steps", "2.5", nothing, "--steps"),
+    "seed negative": ("--seed", "-1", nothing, "--seed -1"),
+    "seed too large": ("--seed", str(2**32), nothing, "--seed"),
+    "devices zero": ("--devices", "0", nothing, "--devices 0"),
+    "devices too many": ("--devices", "99", nothing, "--devices 99"),
+    "scale zero": ("--scale", "0", nothing, "--scale 0"),
+    "scale huge": ("--scale", "100", nothing, "--scale 100"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_cost_one_line(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    option, value, prepare, complaint = MISTAKES[mistake]
+    prepare(value)
+    before = sorted(folder.rglob("*"))
+    assert run(lambda: serve.main([*GOOD, option, value])) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert complaint in err
+    assert sorted(folder.rglob("*")) == before
+    assert not stand_in.loaded, "found only after the model was loaded"
+
+
+@pytest.mark.parametrize("args", [[], ["walk"], ["generate", "now"], ["generate", "--steps"]])
+def test_wrong_command_lines_cost_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda: serve.main(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "--help" in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"]])
+def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        serve.main(args)
+    assert stop.value.code == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_poses_need_a_model_with_poses(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with video.VideoWriter("pose.mp4", scale=1) as writer:
+        writer.write(np.zeros((3, 16, 16, 3), np.uint8))
+    assert run(lambda: serve.main([*GOOD, "--pose", "pose.mp4"])) == 2
+    assert "trained without poses" in capsys.readouterr().err
+    assert not Path("out.mp4").exists()
+
+
+def test_an_incomplete_model_folder(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(lambda: serve.main([*GOOD, "--model", "somewhere"])) == 2
+    assert capsys.readouterr().err == "error: somewhere: no model.safetensors in this folder\n"
+    assert not Path("out.mp4").exists()
+
+
+def test_a_disk_that_fills_up(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video.os, "replace", no_space)
+    assert run(lambda: serve.main(GOOD)) == 2
+    assert capsys.readouterr().err == "error: out.mp4: the disk is full; free some space or write elsewhere\n"
+    assert sorted(os.listdir()) == ["face.png", "voice.wav"]
+
+
+def test_ctrl_c_keeps_what_was_made(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    stand_in.before_block = interrupt
+    soundfile.write("voice.wav", np.zeros(10 * SAMPLE_RATE), SAMPLE_RATE)
+    assert run(lambda: serve.main([*GOOD, "--sheet", "sheet.png"])) == 130
+    assert len(read_video("out.mp4").frames) == 24
+    assert capsys.readouterr().err == "interrupted: the first 1.0 s are in out.mp4\n"
+
+
+def test_an_error_of_ours_is_not_hidden(folder: Path, stand_in: StandIn) -> None:
+    def fail(index: int) -> None:
+        raise RuntimeError("a bug")
+
+    stand_in.before_block = fail
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(lambda: serve.main(GOOD))
+    assert sorted(os.listdir()) == ["face.png", "voice.wav"]
+
+
+def test_speed_leaves_the_first_block_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 30.0, 31.0, 31.0, 31.0, 31.0])
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(times))
+    progress = generate.FrameProgress(36, 25)
+    progress.advance(12)  # 30 s of compilation
+    progress.advance(50)
+    assert progress.summary() == "made in 31.0 s (50 frames/s, 2.0x real time after the first block)"
+
+
+def test_ctrl_c_in_a_real_process_leaves_a_playable_file(folder: Path) -> None:
+    """The whole program in a process of its own, stopped while its endless stand-in paints."""
+    root = Path(serve.__file__).parent
+    program = f"""
+import sys, time
+sys.path[:0] = [{str(root)!r}]
+from tests.inference.test_generate import StandIn, conditions, rollout, run, serve
+model = StandIn()
+def slowly(index):
+    print("block", index, flush=True)
+    time.sleep(0.05)
+model.before_block = slowly
+conditions.load_model, conditions.make_conditions = model.load_model, model.make_conditions
+rollout.generate = model.generate
+sys.exit(run(lambda: serve.main({GOOD!r})))
+"""
+    soundfile.write("voice.wav", np.zeros(100 * SAMPLE_RATE), SAMPLE_RATE)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("block 3"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert len(read_video("out.mp4").frames) >= 36
+    assert sorted(os.listdir()) == ["face.png", "out.mp4", "voice.wav"]
