@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tyro.extras import subcommand_cli_from_dict
@@ -27,7 +27,7 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return subcommand_cli_from_dict(commands, prog=prog, description=description, args=args)
+            return subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=args)
     except SystemExit as stop:
         if not stop.code:
             raise
