@@ -53,8 +53,8 @@ class ConversionError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        super().__init__(f"the checkpoint does not fit the model ({count}):" + "".join(f"\n- {p}" for p in problems))
+        heading = f"the checkpoint does not fit the model ({len(problems)} problem(s)):"
+        super().__init__("\n- ".join([heading, *problems]))
 
 
 def param_paths(model: Any) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def convert(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], model: Mod
         if not by_layer:
             problems.append(f"nothing fills the parameter {path} {list(leaf.shape)}")
         elif None not in by_layer and set(by_layer) != set(range(count)):
-            missing = sorted(set(range(count)) - set(by_layer))
-            surplus = sorted(set(by_layer) - set(range(count)))
+            missing = [layer for layer in range(count) if layer not in by_layer]
+            surplus = [layer for layer in by_layer if layer not in range(count)]
             problems.append(f"the parameter {path} has {count} layers: missing {missing}, surplus {surplus}")
         else:
             try:
@@ -193,9 +193,9 @@ def _match_path(rule: Rule, path: str) -> dict[str, str] | None:
     regex, end = "", 0
     for reference in _REFERENCE.finditer(rule.path):
         group = "g" + (reference["number"] or reference["name"])
+        regex += re.escape(rule.path[end : reference.start()])
         # A reference used twice must have the same value twice.
-        seen = f"(?P<{group}>" in regex
-        regex += re.escape(rule.path[end : reference.start()]) + (f"(?P={group})" if seen else f"(?P<{group}>\\d+)")
+        regex += f"(?P={group})" if f"(?P<{group}>" in regex else f"(?P<{group}>\\d+)"
         end = reference.end()
     match = re.fullmatch(regex + re.escape(rule.path[end:]), path)
     return None if match is None else {name[1:]: value for name, value in match.groupdict().items()}
@@ -216,7 +216,7 @@ def _key_of(rule: Rule, groups: dict[str, str], layer: int | None) -> str:
     """The PyTorch key of a rule for these group values."""
     key, end = "", 0
     for index, group in enumerate(_GROUP.finditer(rule.pattern), start=1):
-        value = str(layer) if group["name"] == "layer" else groups.get(str(index), groups.get(group["name"] or ""))
-        key += rule.pattern[end : group.start()] + str(value)
+        value = groups.get(str(index)) or groups.get(group["name"] or "") or str(layer)
+        key += rule.pattern[end : group.start()] + value
         end = group.end()
     return (key + rule.pattern[end:]).replace("\\.", ".")

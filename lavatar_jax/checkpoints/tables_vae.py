@@ -5,6 +5,7 @@ from __future__ import annotations
 from lavatar_jax.checkpoints.convert import Rule
 
 _NUMBER = r"(\d+)"
+_LEVELS = r"layers.\1.layers.\2"
 
 
 def _layer(key: str, path: str, transform: str) -> list[Rule]:
@@ -12,7 +13,7 @@ def _layer(key: str, path: str, transform: str) -> list[Rule]:
 
 
 def _residual(key: str, path: str) -> list[Rule]:
-    """The reference numbers a block's parts: norm 0, SiLU, convolution 2, norm 3, SiLU, dropout, convolution 6."""
+    """The reference numbers a block's parts: norm 0, convolution 2, norm 3, convolution 6."""
     return [
         Rule(rf"{key}\.residual\.0\.gamma", f"{path}.inner.norm.gamma", "channels3d"),
         *_layer(rf"{key}\.residual\.2", f"{path}.inner.conv", "conv3d"),
@@ -60,9 +61,9 @@ WAN21_RULES: list[Rule] = [
 ]
 
 WAN22_RULES: list[Rule] = [
-    *_coder("encoder", rf"encoder\.downsamples\.{_NUMBER}\.downsamples\.{_NUMBER}", r"encoder.layers.\1.layers.\2"),
+    *_coder("encoder", rf"encoder\.downsamples\.{_NUMBER}\.downsamples\.{_NUMBER}", f"encoder.{_LEVELS}"),
     *_BETWEEN,
-    *_coder("decoder", rf"decoder\.upsamples\.{_NUMBER}\.upsamples\.{_NUMBER}", r"decoder.layers.\1.layers.\2"),
+    *_coder("decoder", rf"decoder\.upsamples\.{_NUMBER}\.upsamples\.{_NUMBER}", f"decoder.{_LEVELS}"),
 ]
 
 VAE_RULES: dict[str, list[Rule]] = {"wan21": WAN21_RULES, "wan22": WAN22_RULES}  # by VAEConfig.kind

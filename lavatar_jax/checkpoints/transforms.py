@@ -28,7 +28,8 @@ def flatten_from(*shape: int) -> Transform:
     """PyTorch's tensor has this shape (one -1 at most), ours is flat."""
 
     def forward(x: np.ndarray) -> np.ndarray:
-        if x.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
+        fits = [want in (-1, got) for want, got in zip(shape, x.shape, strict=False)]
+        if x.ndim != len(shape) or not all(fits):
             raise ValueError(f"shape {list(x.shape)} is not of the form {list(shape)}")
         return x.reshape(-1)
 
