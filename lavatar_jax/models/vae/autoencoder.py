@@ -35,8 +35,7 @@ class VideoVAE(Protocol):
 class Coder(nnx.Module):
     """Encoder or decoder: causal convolution, a list of layers, norm and causal convolution.
 
-    The middle (residual, attention, residual) lies on the coarse side: last in an encoder, first in a decoder.
-    Parts are named as in the public checkpoints.
+    The middle (residual, attention, residual) is on the coarse side: last in an encoder, first in a decoder.
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class Coder(nnx.Module):
 class CausalVAE(nnx.Module):
     """A causal video VAE (the Wan 2.1 or 2.2 architecture): 1 + r k frames <-> 1 + k latents.
 
-    r is `config.temporal_factor`. Nothing looks ahead, so a video coded in chunks (`stream_*`) gives the very
-    numbers of the whole clip; whole clips run all frames at once. Video is [B, T, H, W, 3] in [-1, 1]; latents
-    are normalised with `config.latent_mean` and `config.latent_std`. Computes in the parameters' dtype.
-    Behaviour: VAE section of the reference description (encode chunks 1, 4, 4, ...; decode one latent at a time).
+    r is `config.temporal_factor`. Nothing looks ahead, so a whole clip is just a long first chunk of a stream
+    (`stream_*`); cut anywhere, it gives the same numbers up to rounding. Video is [B, T, H, W, 3] in [-1, 1];
+    latents are normalised by `config.latent_mean` and `config.latent_std`. Computes in the parameters' dtype.
+    The reference encodes chunks of 1, 4, 4, ... frames and decodes one latent at a time.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs) -> None:
@@ -95,7 +94,6 @@ class CausalVAE(nnx.Module):
         z = config.latent_channels
         fine, coarse = config.multipliers[0], config.multipliers[-1]
         decoder_width = config.decoder_width or config.width
-        # the encoder starts at `width` whatever the first multiplier is
         self.encoder = Coder(
             pixel_channels,
             2 * z,
@@ -214,7 +212,9 @@ def _check_video(video: Video, config: VAEConfig, *, first: bool) -> None:
     frames, height, width = video.shape[1:4]
     space, time = config.spatial_factor, config.temporal_factor
     if height % space or width % space:
-        raise UserError(f"a video of {height}x{width} pixels does not divide by the VAE's factor {space}: resize")
+        raise UserError(
+            f"a video of {height}x{width} pixels does not divide by {space}, the VAE's factor: resize"
+        )
     if frames == 0 or (frames - first) % time:
         expected = f"1 + {time}k" if first else f"{time}k"
-        raise UserError(f"the VAE encodes chunks of {expected} frames here, got {frames}: trim or pad the clip")
+        raise UserError(f"the VAE takes chunks of {expected} frames here, got {frames}: trim or pad the clip")

@@ -35,8 +35,8 @@ def run_layers(layers: Iterable[Any], x: Video, cache: Cache, *, first: bool) ->
 class ChannelRMSNorm(nnx.Module):
     """x / |x| * sqrt(C) * gamma over the channels, statistics in float32.
 
-    The floor on the mean square only matters for channels that are all but zero (the reference's floor
-    is so low that gradients overflow there).
+    The floor on the mean square matters only where all channels are all but zero; it is higher than the
+    reference's, which lets gradients overflow there.
     """
 
     def __init__(self, width: int) -> None:

@@ -54,7 +54,7 @@ def time_conv3d(
     time_stride: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T2 H W O"]:
-    """3-D convolution, unpadded in time ((T - kt) // time_stride + 1 outputs), zero-padded to the same H, W."""
+    """3-D convolution without padding in time ((T - kt) // time_stride + 1 outputs), zero-padded in space."""
     kt, kh, kw, n_in, n_out = weight.shape
     batch, frames, height, width, _ = x.shape
     padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))

@@ -6,6 +6,8 @@ an up level duplicates channels and unfolds them into pixels. Channel orders fol
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -76,13 +78,11 @@ def duplicate_up(x: Video, n_out: int, *, time: int, space: int, first: bool) ->
 
 
 class DownLevel(nnx.Module):
-    """Residual blocks and (but for the coarsest level, `temporal` None) a down-sampler; averaging shortcut."""
+    """Residual blocks, a down-sampler (none if `temporal` is None: coarsest level), averaging shortcut."""
 
     def __init__(self, n_in: int, n_out: int, blocks: int, *, temporal: bool | None, rngs: nnx.Rngs) -> None:
-        widths = [n_in] + [n_out] * blocks
-        layers: list[nnx.Module] = [
-            ResidualBlock(*pair, rngs=rngs) for pair in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        widths = (n_in, *[n_out] * blocks)
+        layers: list[nnx.Module] = [ResidualBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         if temporal is not None:
             layers.append(Downsample(n_out, temporal=temporal, rngs=rngs))
         self.layers = nnx.List(layers)
@@ -96,13 +96,11 @@ class DownLevel(nnx.Module):
 
 
 class UpLevel(nnx.Module):
-    """Residual blocks and (but for the finest level, `temporal` None) an up-sampler; duplicating shortcut."""
+    """Residual blocks, an up-sampler and duplicating shortcut (none if `temporal` is None: finest level)."""
 
     def __init__(self, n_in: int, n_out: int, blocks: int, *, temporal: bool | None, rngs: nnx.Rngs) -> None:
-        widths = [n_in] + [n_out] * blocks
-        layers: list[nnx.Module] = [
-            ResidualBlock(*pair, rngs=rngs) for pair in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        widths = (n_in, *[n_out] * blocks)
+        layers: list[nnx.Module] = [ResidualBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         if temporal is not None:
             layers.append(Upsample(n_out, n_out, temporal=temporal, rngs=rngs))
         self.layers = nnx.List(layers)
@@ -121,8 +119,8 @@ def encoder_layers(config: VAEConfig, *, rngs: nnx.Rngs) -> list[nnx.Module]:
     """One DownLevel per multiplier."""
     widths = [config.width * m for m in (1, *config.multipliers)]
     temporal = (*config.temporal_downsample, None)
-    levels = zip(widths[:-1], widths[1:], temporal, strict=True)
-    return [DownLevel(a, b, config.res_blocks, temporal=t, rngs=rngs) for a, b, t in levels]
+    levels = zip(itertools.pairwise(widths), temporal, strict=True)
+    return [DownLevel(a, b, config.res_blocks, temporal=t, rngs=rngs) for (a, b), t in levels]
 
 
 def decoder_layers(config: VAEConfig, *, rngs: nnx.Rngs) -> list[nnx.Module]:
@@ -130,5 +128,5 @@ def decoder_layers(config: VAEConfig, *, rngs: nnx.Rngs) -> list[nnx.Module]:
     coarse_to_fine = tuple(reversed(config.multipliers))
     widths = [(config.decoder_width or config.width) * m for m in (coarse_to_fine[0], *coarse_to_fine)]
     temporal = (*reversed(config.temporal_downsample), None)
-    levels = zip(widths[:-1], widths[1:], temporal, strict=True)
-    return [UpLevel(a, b, config.res_blocks + 1, temporal=t, rngs=rngs) for a, b, t in levels]
+    levels = zip(itertools.pairwise(widths), temporal, strict=True)
+    return [UpLevel(a, b, config.res_blocks + 1, temporal=t, rngs=rngs) for (a, b), t in levels]
