@@ -116,7 +116,7 @@ def model_folder(name: str | Path) -> Path:
     if shipped.is_dir():
         return shipped
     if not folder.is_dir():
-        names = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
+        names = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))
         raise UserError(f"{name}: no such model folder, and no shipped model of that name (shipped: {names})")
     return folder
 
