@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from lavatar_jax.cli import parse, run
+from lavatar_jax.cli import keep_compilations, parse, run
 from lavatar_jax.inference.generate import Generate
 
 COMMANDS = {"generate": Generate}
@@ -15,4 +15,5 @@ def main(args: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped is as good as Ctrl-C
+    keep_compilations()
     sys.exit(run(lambda: main(sys.argv[1:])))

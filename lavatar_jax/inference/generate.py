@@ -40,8 +40,8 @@ class Generate:
     """Where to write the video."""
     seed: int = 0
     """Same seed, same video."""
-    steps: int = 4
-    """Denoising steps a block."""
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Denoising steps a block (default: as the model was made for, 4 for tiny)."""
     model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
     """The bundled small model, or a folder with a converted one."""
     devices: int = 1
@@ -54,27 +54,27 @@ class Generate:
     def run(self) -> None:
         """Checks everything a user gave, then loads the model and makes the video. Raises UserError."""
         self._check_numbers()
-        self._check_devices()
-        out = check_output(self.out, ".mp4")
-        sheet_path = check_output(self.sheet, ".png") if self.sheet else None
+        out, sheet_path = self._check_outputs()
         image = load_image(self.image)
         sound = load_sound(self.audio)
         if self.pose:
             next(read_frames(self.pose))
 
         # Imported only now: finding a mistake takes less time than importing jax.
-        from lavatar_jax.inference.conditions import load_model, make_conditions
-        from lavatar_jax.inference.rollout import generate
+        from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
+        from lavatar_jax.inference.talk import photo_conditions, talk
 
-        model = load_model(self.model)
-        fps = model.config.fps
-        if self.pose and not model.config.pose_supported:
+        config = load_config(model_folder(self.model))
+        if self.pose and not config.dit.use_pose:
             raise UserError(
-                f"--pose {self.pose}: the model '{self.model}' was trained without poses; leave it out"
+                f"--pose {self.pose}: the model {self.model} was trained without poses; leave it out"
             )
-        poses = {"pose": read_frames(self.pose)} if self.pose else {}
-        conditions = make_conditions(model, image, self.prompt)
-        blocks = generate(model, conditions, sound.samples, seed=self.seed, steps=self.steps, **poses)
+        sampling = dataclasses.replace(config.sampling, steps=self.steps or config.sampling.steps)
+        avatar = load_model_folder(self.model)
+        conditions = photo_conditions(avatar, image, self.prompt, sampling)
+        pose = (frame[None] for frame in read_frames(self.pose)) if self.pose else None
+        blocks = talk(avatar, conditions, sound.samples, seed=self.seed, sampling=sampling, pose=pose)
+        fps = config.fps
         total = -(-len(sound.samples) * fps // SAMPLE_RATE)
         sheet = ContactSheet(total)
         writer = VideoWriter(out, scale=self.scale, fps=fps, audio=sound.track(), channels=sound.channels)
@@ -100,9 +100,17 @@ class Generate:
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} {value}: give a number from {low} to {high}")
 
-    def _check_devices(self) -> None:
         if self.devices > 1:
             raise UserError(f"--devices {self.devices}: generate uses one device so far; leave it out")
+
+    def _check_outputs(self) -> tuple[Path, Path | None]:
+        out = check_output(self.out, ".mp4")
+        sheet = check_output(self.sheet, ".png") if self.sheet else None
+        for given in (self.image, self.audio, self.pose):
+            for result in (out, sheet):
+                if given and result and result.exists() and given.exists() and result.samefile(given):
+                    raise UserError(f"{result} would overwrite a file it is made from; give another name")
+        return out, sheet
 
 
 def first_frames(blocks: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:

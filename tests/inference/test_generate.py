@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ import soundfile
 from PIL import Image
 
 import serve
+from lavatar_jax.checkpoints import store
 from lavatar_jax.cli import run
-from lavatar_jax.errors import UserError
-from lavatar_jax.inference import conditions, generate, rollout, video
+from lavatar_jax.config import SamplingConfig
+from lavatar_jax.inference import generate, video
+from lavatar_jax.inference import talk as talking
 from lavatar_jax.inference.images import load_image
 from lavatar_jax.inference.sound import SAMPLE_RATE
 from lavatar_jax.inference.video import read_video
@@ -29,28 +32,46 @@ SIZE = 32
 
 
 class StandIn:
-    """Takes the place of `load_model`, `make_conditions` and `generate`; remembers what it was asked for."""
+    """Takes the place of the model folder, `photo_conditions` and `talk`; remembers what it was asked."""
+
+    config = SimpleNamespace(
+        fps=25, image_size=SIZE, dit=SimpleNamespace(use_pose=False), sampling=SamplingConfig(steps=4)
+    )
 
     def __init__(self, first_block: int = 12) -> None:
         self.loaded: list[str] = []
-        self.asked: dict[str, object] = {}
+        self.asked: dict[str, Any] = {}
         self.first_block = first_block
         self.before_block: Callable[[int], None] = lambda index: None
 
-    def load_model(self, name: str) -> SimpleNamespace:
-        self.loaded.append(name)
-        if name != "tiny":
-            raise UserError(f"{name}: no model.safetensors in this folder")
-        return SimpleNamespace(config=SimpleNamespace(fps=25, native_size=SIZE, pose_supported=False))
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store, "model_folder", lambda name: Path("."))
+        monkeypatch.setattr(store, "load_config", lambda folder: self.config)
+        monkeypatch.setattr(store, "load_model_folder", self.load_model_folder)
+        monkeypatch.setattr(talking, "photo_conditions", self.photo_conditions)
+        monkeypatch.setattr(talking, "talk", self.talk)
 
-    def make_conditions(self, model: SimpleNamespace, image: np.ndarray, prompt: str) -> str:
+    def load_model_folder(self, name: str) -> SimpleNamespace:
+        self.loaded.append(name)
+        return SimpleNamespace(config=self.config)
+
+    def photo_conditions(
+        self, avatar: SimpleNamespace, image: np.ndarray, prompt: str, sampling: SamplingConfig
+    ) -> str:
         self.asked |= {"image": image, "prompt": prompt}
         return "conditions"
 
-    def generate(
-        self, model: SimpleNamespace, conditions: str, samples: np.ndarray, *, seed: int, steps: int
+    def talk(
+        self,
+        avatar: SimpleNamespace,
+        conditions: str,
+        sound: np.ndarray,
+        *,
+        seed: int,
+        sampling: SamplingConfig,
+        pose: Iterator[np.ndarray] | None,
     ) -> Iterator[np.ndarray]:
-        self.asked |= {"samples": samples, "seed": seed, "steps": steps}
+        self.asked |= {"sound": sound, "seed": seed, "steps": sampling.steps, "pose": pose and list(pose)}
         start = 0
         for index in range(10_000):  # never ends by itself: the caller cuts
             self.before_block(index)
@@ -63,9 +84,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     model = StandIn()
-    monkeypatch.setattr(conditions, "load_model", model.load_model, raising=False)
-    monkeypatch.setattr(conditions, "make_conditions", model.make_conditions, raising=False)
-    monkeypatch.setattr(rollout, "generate", model.generate, raising=False)
+    model.install(monkeypatch)
     return model
 
 
@@ -96,7 +115,7 @@ def test_frames_sound_and_options_arrive(
     assert stand_in.asked["prompt"] == "a friendly person"
     assert (stand_in.asked["seed"], stand_in.asked["steps"]) == (7, 3)
     assert np.shape(stand_in.asked["image"]) == (40, 40, 3)
-    assert np.shape(stand_in.asked["samples"]) == (17_600,)
+    assert np.shape(stand_in.asked["sound"]) == (17_600,)
     assert sorted(os.listdir()) == ["face.png", "out.mp4", "sheet.png", "voice.wav"]
     out, err = capsys.readouterr()
     assert "out.mp4: 1.1 s of video" in out
@@ -229,22 +248,52 @@ def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "generate" in capsys.readouterr().out
 
 
-def test_poses_need_a_model_with_poses(
-    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def pose() -> str:
     with video.VideoWriter("pose.mp4", scale=1) as writer:
         writer.write(np.zeros((3, 16, 16, 3), np.uint8))
-    assert run(lambda: serve.main([*GOOD, "--pose", "pose.mp4"])) == 2
+    return "pose.mp4"
+
+
+def test_poses_need_a_model_with_poses(
+    folder: Path, stand_in: StandIn, pose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(lambda: serve.main([*GOOD, "--pose", pose])) == 2
     assert "trained without poses" in capsys.readouterr().err
+    assert not stand_in.loaded
     assert not Path("out.mp4").exists()
 
 
+def test_poses_arrive_in_pieces(folder: Path, stand_in: StandIn, pose: str) -> None:
+    stand_in.config = SimpleNamespace(**vars(stand_in.config) | {"dit": SimpleNamespace(use_pose=True)})
+    assert run(lambda: serve.main([*GOOD, "--pose", pose])) == 0
+    assert np.concatenate(stand_in.asked["pose"]).shape == (3, 16, 16, 3)
+
+
+@pytest.mark.parametrize("files", [None, [], ["config.json"], ["config.json", "dit.safetensors"]])
 def test_an_incomplete_model_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], files: list[str] | None
+) -> None:
+    if files is not None:
+        Path("model").mkdir()
+        for name in files:
+            Path("model", name).touch()
+    assert run(lambda: serve.main([*GOOD, "--model", "model"])) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: model")
+    assert err.count("\n") == 1
+    assert not Path("out.mp4").exists()
+
+
+def test_results_never_overwrite_what_they_are_made_from(
     folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(lambda: serve.main([*GOOD, "--model", "somewhere"])) == 2
-    assert capsys.readouterr().err == "error: somewhere: no model.safetensors in this folder\n"
-    assert not Path("out.mp4").exists()
+    Path("speech.mp4").write_bytes(Path("voice.wav").read_bytes())
+    before = Path("speech.mp4").read_bytes()
+    assert run(lambda: serve.main([*GOOD, "--audio", "speech.mp4", "--out", "./speech.mp4"])) == 2
+    assert run(lambda: serve.main([*GOOD, "--sheet", "face.png"])) == 2
+    assert capsys.readouterr().err.count("would overwrite") == 2
+    assert Path("speech.mp4").read_bytes() == before
 
 
 def test_a_disk_that_fills_up(
@@ -298,14 +347,14 @@ def test_ctrl_c_in_a_real_process_leaves_a_playable_file(folder: Path) -> None:
     program = f"""
 import sys, time
 sys.path[:0] = [{str(root)!r}]
-from tests.inference.test_generate import StandIn, conditions, rollout, run, serve
+import pytest
+from tests.inference.test_generate import StandIn, run, serve
 model = StandIn()
 def slowly(index):
     print("block", index, flush=True)
     time.sleep(0.05)
 model.before_block = slowly
-conditions.load_model, conditions.make_conditions = model.load_model, model.make_conditions
-rollout.generate = model.generate
+model.install(pytest.MonkeyPatch())
 sys.exit(run(lambda: serve.main({GOOD!r})))
 """
     soundfile.write("voice.wav", np.zeros(100 * SAMPLE_RATE), SAMPLE_RATE)
