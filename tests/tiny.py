@@ -15,8 +15,7 @@ from flax import nnx
 
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.config import DiTConfig
-from lavatar_jax.models.attention import KV
-from lavatar_jax.models.dit import CausalDiT, timestep_sinusoid
+from lavatar_jax.models.dit import CausalDiT
 
 
 def tiny_config(**changes) -> DiTConfig:
@@ -61,14 +60,3 @@ def random_dit(config: DiTConfig, seed: int = 0) -> CausalDiT:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def embed_times(model: CausalDiT, t_BF) -> tuple[jax.Array, jax.Array]:
-    """`Times` of timesteps 0..1000, one per frame."""
-    return model.embed_time(jnp.asarray(timestep_sinusoid(np.asarray(t_BF), model.config.freq_dim)))
-
-
-def text_of(model: CausalDiT, batch: int, seed: int = 7) -> tuple[jax.Array, KV]:
-    """Prompt states and their keys and values."""
-    states = normal(seed, batch, model.config.text_len, model.config.text_dim)
-    return states, model.text_keys_values(states)
