@@ -98,6 +98,8 @@ def encode_audio(
     batch, speakers, *feature_shape, time = features_BPLAT.shape
     if time % 4:
         raise ValueError(f"audio features must cover whole latent frames (4 video frames), got {time}")
+    if block_frames is not None and time % (4 * block_frames):
+        raise ValueError(f"{time // 4} latent frames are not a whole number of blocks of {block_frames}")
     pieces = 1 if block_frames is None else time // (4 * block_frames)
     x = features_BPLAT.reshape(batch * speakers, *feature_shape, pieces, time // pieces)
     x = jnp.moveaxis(x, -2, 1).reshape(-1, *feature_shape, time // pieces)
