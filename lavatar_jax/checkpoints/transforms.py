@@ -64,5 +64,4 @@ TRANSFORMS: dict[str, Transform] = {
     "channels2d": flatten_from(-1, 1, 1),  # [C, 1, 1] -> [C]
     "channels3d": flatten_from(-1, 1, 1, 1),  # [C, 1, 1, 1] -> [C]
     "drop_first": Transform(_drop_first, lambda x: x[None]),  # [1, ...] -> [...]
-    "flatten": Transform(lambda x: x.reshape(-1)),  # any shape; use flatten_from where export matters
 }

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from lavatar_jax.checkpoints.convert import ConversionError, Rule, convert, export, param_paths
 from lavatar_jax.checkpoints.tables_vae import VAE_RULES, WAN21_RULES
-from lavatar_jax.checkpoints.transforms import TRANSFORMS, flatten_from
+from lavatar_jax.checkpoints.transforms import TRANSFORMS, Transform, flatten_from
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import make_vae, wan22_config
@@ -137,7 +137,7 @@ def test_a_wrong_rank_is_reported_with_the_key() -> None:
 def test_export_names_what_it_cannot_invert() -> None:
     rules = [
         Rule(r"stem\.(w|weight)", "stem.weight"),
-        Rule("stem.b", "stem.bias", "flatten"),
+        Rule(r"stem\.b", "stem.bias", Transform(np.ravel)),
         *RULES[3:],
     ]
     with pytest.raises(ConversionError) as caught:
