@@ -65,7 +65,9 @@ def embeddings(case: Case) -> Iterator[Check]:
     yield Check("sinusoid", sinusoid[0], want["sinusoid"], tolerance)
     yield Check("e", times.e[0], want["e"], tolerance)
     yield Check("e0", times.e0[0], want["e0"], tolerance)
-    yield Check("context", model.embed_text(pad_text(contexts, config.text_len)), want["context_out"], tolerance)
+    yield Check(
+        "context", model.embed_text(pad_text(contexts, config.text_len)), want["context_out"], tolerance
+    )
 
 
 def audio_encoder(case: Case) -> Iterator[Check]:
@@ -88,7 +90,9 @@ def audio_encoder(case: Case) -> Iterator[Check]:
     streamed, alone = encode_audio(encoder, audio[:, None]), encoder(audio)
     yield Check("global_full", full.global_[:, 0, :, None], want["global_full"], tolerance)
     yield Check("local_full", full.local[:, 0], want["local_full"], tolerance)
-    yield Check("global_sliced (long prefix)", full.global_[:, 0, drop:, None], want["global_sliced"], tolerance)
+    yield Check(
+        "global_sliced (long prefix)", full.global_[:, 0, drop:, None], want["global_sliced"], tolerance
+    )
     yield Check("local_sliced (long prefix)", full.local[:, 0, drop:], want["local_sliced"], tolerance)
     yield Check("global_sliced", streamed.global_[:, 0, :, None], want["global_sliced"], tolerance)
     yield Check("local_sliced", streamed.local[:, 0], want["local_sliced"], tolerance)
@@ -101,7 +105,9 @@ def motion_packer(case: Case) -> Iterator[Check]:
     height, width = case["latent_hw"]
     channels = next(iter(case.inputs.values())).shape[0]
     tensors = {f"frame_packer.{key}": value for key, value in case.weights.items()}
-    packer = load_part(tensors, lambda: MotionPacker(channels, case["dim"], rngs=nnx.Rngs(0)), "motion_packer")
+    packer = load_part(
+        tensors, lambda: MotionPacker(channels, case["dim"], rngs=nnx.Rngs(0)), "motion_packer"
+    )
     for name, args in case["variants_args"].items():
         motion = jnp.asarray(last(case.inputs[f"{name}.motion"])[None])
         roll = args["roll"] if args["slide"] else args["seq"]
@@ -136,7 +142,9 @@ def block(case: Case) -> Iterator[Check]:
         table_sink = table(cond_grids)
 
         def attend_sink(q: jax.Array, kv: KV, table_sink: rp.Rope = table_sink) -> tuple[jax.Array, KV]:
-            return dot_product_attention(rp.apply_rope(q, table_sink), rp.apply_rope(kv.k, table_sink), kv.v), kv
+            return dot_product_attention(
+                rp.apply_rope(q, table_sink), rp.apply_rope(kv.k, table_sink), kv.v
+            ), kv
 
         sink_out, sink = layer(
             inputs["x_sink"], inputs["e_sink"][:, :1, :, 1], text, attend_sink, Sequence(0, 0, n_cond)
@@ -166,9 +174,7 @@ def block(case: Case) -> Iterator[Check]:
                 return dot_product_attention(rp.apply_rope(q, table_block), keys, values), (k, v)
 
             e0 = inputs[f"e_b{index}"][:, :, :, 0]
-            out, (k, v) = layer(
-                inputs[f"x_b{index}"], e0, text, attend, Sequence(frames, rows * columns)
-            )
+            out, (k, v) = layer(inputs[f"x_b{index}"], e0, text, attend, Sequence(frames, rows * columns))
             yield Check(f"out_b{index}{suffix}", out, want[f"out_b{index}"], tolerance)
             if f"cache_k_after_b{index}" in want:
                 yield Check(f"cache_k_after_b{index}{suffix}", k, want[f"cache_k_after_b{index}"], tolerance)
@@ -186,4 +192,4 @@ def actor_masks(case: Case) -> Iterator[Check]:
     logits = regions.reshape(len(regions), -1).T[None]
     yield Check("routing_logits", logits, want["routing_logits"], EXACT)
     yield Check("dilated", dilate(regions)[..., None], want["dilated"], EXACT)
-    yield Check("mask", build_actor_masks(masks, (frames, height, width)), want["mask"], EXACT)
+    yield Check("mask", build_actor_masks(masks, (frames, height, width))[..., None], want["mask"], EXACT)
