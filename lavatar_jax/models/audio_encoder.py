@@ -71,7 +71,7 @@ class CausalAudioEncoder(nnx.Module):
 
     def __call__(self, features_BLAT: Float[Array, "B L A T"]) -> AudioTokens:
         """-> tokens of ceil(ceil(T / 2) / 2) latent frames, one speaker."""
-        weights = jax.nn.silu(self.layer_weights[...])
+        weights = jax.nn.silu(self.layer_weights[...].astype(jnp.float32))
         mixed = jnp.einsum("BLAT,L->BTA", features_BLAT, weights / weights.sum())
         batch, time, _ = mixed.shape
 
