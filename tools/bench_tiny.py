@@ -28,10 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.inference.decode import StreamDecoder
-from lavatar_jax.inference.denoise import denoise_block, fill_sink, init_rings, plan_block, start_session, uses_motion
+from lavatar_jax.inference.denoise import (
+    denoise_block,
+    fill_sink,
+    init_rings,
+    plan_block,
+    start_session,
+    uses_motion,
+)
 from lavatar_jax.inference.talk import feature_blocks, photo_conditions, talk
 from lavatar_jax.inference.video import VideoWriter
 from lavatar_jax.models.attention import ring_slot
+from lavatar_jax.models.audio_encoder import encode_audio
 from lavatar_jax.models.avatar import Avatar
 from lavatar_jax.models.dit_forward import stream_forward
 from lavatar_jax.types import BlockInput
@@ -75,15 +83,15 @@ def parts(avatar: Avatar) -> dict[str, float]:
 
     decoder = StreamDecoder(avatar.vae, conditions.still, 0)
     result = {
-        "features": best_ms(lambda: list(feature_blocks(config.log_mel, [sound], frames))) / (16_000 / 640 / frames),
+        "features": best_ms(lambda: list(feature_blocks(config.log_mel, [sound], frames)))
+        / (16_000 / 640 / frames),
         "positions": best_ms(lambda: plan_block(config.dit, sampling, 1000, size, size, distances)),
         f"denoise ({sampling.steps} steps)": best_ms(denoise, 5),
         "decode": best_ms(lambda: jax.block_until_ready(decoder(state["latent"])), 5),
     }
     video = np.zeros((frames, config.image_size, config.image_size, 3), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        with VideoWriter(Path(folder) / "bench.mp4", fps=config.fps) as writer:
-            result["write MP4"] = best_ms(lambda: writer.write(video), 5)
+    with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "bench.mp4") as writer:
+        result["write MP4"] = best_ms(lambda: writer.write(video), 5)
     return result
 
 
@@ -123,8 +131,6 @@ def step_against_torch(avatar: Avatar) -> dict[str, float] | None:
     plan = plan_block(config.dit, sampling, 1000, size, size, [20] * (sampling.steps + 1))
     latent = jnp.zeros((1, config.dit.block_frames, size, size, config.dit.latent_channels))
     features = np.zeros((1, 1, 1, config.log_mel.dim, 12), np.float32)
-    from lavatar_jax.models.audio_encoder import encode_audio
-
     audio = encode_audio(dit.audio_encoder, jnp.asarray(features))
     tokens = latent.shape[1] * (size // config.dit.patch) ** 2
     slot = ring_slot(1000, tokens, sampling.ring_blocks * tokens)
@@ -133,7 +139,15 @@ def step_against_torch(avatar: Avatar) -> dict[str, float] | None:
 
     def run_jax() -> None:
         velocity, state["ring"] = step(
-            dit, state["ring"], latent, session.times[0], session.text, audio, slot, plan.rope, plan.sink_ropes[0]
+            dit,
+            state["ring"],
+            latent,
+            session.times[0],
+            session.text,
+            audio,
+            slot,
+            plan.rope,
+            plan.sink_ropes[0],
         )
         jax.block_until_ready(velocity)
 
@@ -141,11 +155,18 @@ def step_against_torch(avatar: Avatar) -> dict[str, float] | None:
     patches = torch.randn(1, tokens, config.dit.patch**2 * config.dit.latent_channels)
     pairs = [(best_ms(run_jax, 10), best_ms(lambda: model(patches, 1), 10)) for _ in range(3)]
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"jax_ms": ours, "torch_ms": theirs, "ratio": ours / theirs, "torch_threads": torch.get_num_threads()}
+    return {
+        "jax_ms": ours,
+        "torch_ms": theirs,
+        "ratio": ours / theirs,
+        "torch_threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tiny", help="shipped model or model folder")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the end-to-end run")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
@@ -165,15 +186,24 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {platform.machine()}")
     for name, value in times.items():
         print(f"  {name:22s} {value:8.2f} ms a block ({value / budget:6.1%} of real time)")
-    print(f"  load the model         {load:8.2f} s")
-    print(f"  first frame, this process {cold['first_frame_s']:.2f} s (with compilation), then {warm['first_frame_s']:.2f} s")
-    print(f"  end to end             {warm['frames_per_s']:8.1f} frames/s ({warm['frames_per_s'] / config.fps:.1f}x real time)")
+    speed = warm["frames_per_s"]
+    print(f"  {'load the model':22s} {load:8.2f} s")
+    print(f"  {'first frame':22s} {cold['first_frame_s']:8.2f} s, again {warm['first_frame_s']:.2f} s")
+    print(f"  {'end to end':22s} {speed:8.1f} frames/s ({speed / config.fps:.1f}x real time)")
     if step is None:
         print("  DiT step against PyTorch: skipped, torch is not installed")
     else:
-        print(f"  one DiT step           {step['jax_ms']:8.2f} ms; PyTorch {step['torch_ms']:.2f} ms; ratio {step['ratio']:.2f}")
+        jax_ms, torch_ms, ratio = step["jax_ms"], step["torch_ms"], step["ratio"]
+        print(f"  {'one DiT step':22s} {jax_ms:8.2f} ms; PyTorch {torch_ms:.2f} ms; ratio {ratio:.2f}")
     if arguments.json:
-        report = {"parts_ms": times, "cold": cold, "warm": warm, "load_s": load, "step": step, "jax": jax.__version__}
+        report = {
+            "parts_ms": times,
+            "cold": cold,
+            "warm": warm,
+            "load_s": load,
+            "step": step,
+            "jax": jax.__version__,
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

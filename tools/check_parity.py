@@ -73,23 +73,28 @@ def run_case(folder: Path, verbose: bool) -> bool:
     worst, worst_error, tolerance, count = -1.0, 0.0, (0.0, 0.0), 0
     try:
         for check in check_case(case):
-            ratio, error = excess(check)
+            ratio, difference = excess(check)
             count += 1
             if verbose:
-                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check.name} {error:.2e}")
+                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check.name} {difference:.2e}")
             if ratio > worst:
-                worst, worst_error, tolerance = ratio, error, check.tolerance
+                worst, worst_error, tolerance = ratio, difference, check.tolerance
     except Exception as error:
         print(f"FAIL {case.name} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return False
     passed = count > 0 and worst <= 1
     rtol, atol = tolerance
-    print(f"{'PASS' if passed else 'FAIL'} {case.name} {worst_error:.2e} rtol={rtol:g},atol={atol:g}", flush=True)
+    print(
+        f"{'PASS' if passed else 'FAIL'} {case.name} {worst_error:.2e} rtol={rtol:g},atol={atol:g}",
+        flush=True,
+    )
     return passed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR", help="folder with case.json")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every tensor")
     arguments = parser.parse_args()

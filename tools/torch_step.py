@@ -1,9 +1,10 @@
 """A plain PyTorch streaming step of the same size as our transformer's, as a speed baseline.
 
-Same layers, widths, tokens and cached keys; written the ordinary way (eager mode, scaled_dot_product_attention),
-random weights. It only serves to be timed: numbers are compared in the parity checks.
+Same layers, widths, tokens and cached keys; written the ordinary way (eager mode,
+scaled_dot_product_attention), random weights. It only serves to be timed.
 """
 
+# mypy: disable-error-code="operator,union-attr"
 from __future__ import annotations
 
 import torch
@@ -74,7 +75,8 @@ class StreamingStep(nn.Module):
         self.k, self.v = torch.randn(cache), torch.randn(cache)
         self.sink_k = torch.randn(config.layers, 1, config.heads, sink, config.head_dim)
         self.text = [
-            (torch.randn(1, config.heads, config.text_len, config.head_dim),) * 2 for _ in range(config.layers)
+            (torch.randn(1, config.heads, config.text_len, config.head_dim),) * 2
+            for _ in range(config.layers)
         ]
         self.rope, self.sink_rope = torch.randn(2, block_tokens, half), torch.randn(2, sink, half)
         self.e0 = torch.randn(1, self.frames, 6, d)

@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `dit.safetensors`, `vae.safetensors`. What `--model` takes and training ships."""
+"""Model folders (`config.json`, `dit.safetensors`, `vae.safetensors`): what `--model` takes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def _restore(hint: Any, value: Any) -> Any:
         options = (
             typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         )
-        return config_from_dict(next(o for o in options if dataclasses.is_dataclass(o)), value)
+        kind: Any = next(option for option in options if dataclasses.is_dataclass(option))
+        return config_from_dict(kind, value)
     return tuple(_restore(None, item) for item in value) if isinstance(value, list) else value
 
 

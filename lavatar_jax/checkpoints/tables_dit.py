@@ -47,7 +47,11 @@ DIT_RULES: list[Rule] = [
     Rule(r"head\.modulation", "head.modulation", "drop_first"),
     *_linear(r"head\.head", "head.linear"),
     Rule(r"casual_audio_encoder\.weights", "audio_encoder.layer_weights", flatten_from(1, -1, 1, 1)),
-    Rule(r"casual_audio_encoder\.encoder\.padding_tokens", "audio_encoder.padding_token", flatten_from(1, 1, 1, -1)),
+    Rule(
+        r"casual_audio_encoder\.encoder\.padding_tokens",
+        "audio_encoder.padding_token",
+        flatten_from(1, 1, 1, -1),
+    ),
     *_conv(r"casual_audio_encoder\.encoder\.conv1_local\.conv", "audio_encoder.local_in", "conv1d"),
     *_conv(r"casual_audio_encoder\.encoder\.conv1_global\.conv", "audio_encoder.global_in", "conv1d"),
     *_conv(r"casual_audio_encoder\.encoder\.conv2\.conv", "audio_encoder.conv2", "conv1d"),

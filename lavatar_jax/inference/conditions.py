@@ -26,7 +26,7 @@ def image_conditions(
     text_1SE: Float[Array, "1 S E"],
     actor_mask_1PFHW: Float[Array, "1 P F H W"] | None = None,
 ) -> Conditions:
-    """Encode the photo (already of the video's size) as reference, as motion frames, and as start of the video.
+    """Encode the photo, already of the video's size, as reference, as motion frames and as the video's past.
 
     Reference behaviour 4.2 and 5: the single-GPU release encodes five copies and keeps the second latent,
     the pipeline encodes one; motion frames are copies of the photo too.

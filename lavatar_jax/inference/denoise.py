@@ -29,7 +29,7 @@ class Session(NamedTuple):
 
     text: KV
     times: tuple[Times, ...]  # one per step
-    sigmas: Float[Array, "steps_plus_1"]
+    sigmas: Float[Array, " levels"]
     history_times: Times | None  # for the extra pass that writes clean or fixed-noise history
     history_sigma: Float[Array, ""]
     actor_mask: Float[Array, "B P F H W"] | None
@@ -79,7 +79,9 @@ def start_session(
     )
 
 
-def init_rings(config: DiTConfig, sampling: SamplingConfig, batch: int, height: int, width: int, dtype) -> Rings:
+def init_rings(
+    config: DiTConfig, sampling: SamplingConfig, batch: int, height: int, width: int, dtype
+) -> Rings:
     """Empty rings for latents of `height` x `width`."""
     tokens = config.block_frames * (height // config.patch) * (width // config.patch)
     sink = cond_tokens(config, height, width, motion=uses_motion(config, sampling)) if sampling.sink else 0
@@ -172,6 +174,8 @@ def denoise_block(
         velocities.append(velocity)
         x = euler_step(x, velocity, session.sigmas[step], session.sigmas[step + 1])
     if session.history_times is not None:
-        history = x if history_noise_BFHWC is None else add_noise(x, history_noise_BFHWC, session.history_sigma)
+        history = (
+            x if history_noise_BFHWC is None else add_noise(x, history_noise_BFHWC, session.history_sigma)
+        )
         forward(history, session.history_times, 0, plan.sink_ropes[-1])
     return x, tuple(velocities), tuple(updated)

@@ -6,8 +6,8 @@ number is a Python int, from which the host computes slot and positions of each 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from lavatar_jax.models.vae import CausalVAE
 from lavatar_jax.types import BlockInput, Conditions
 
 
-class Block(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Block:
     """What one step of the rollout yields.
 
     `frames` is None until the clip is full (decode="clip"); `rings` live until the next block is asked for.

@@ -25,9 +25,12 @@ Samples = Float[np.ndarray, "n"]
 
 
 def photo_conditions(
-    avatar: Avatar, image_HWC: UInt8[np.ndarray, "H W 3"], prompt: str = "", sampling: SamplingConfig | None = None
+    avatar: Avatar,
+    image_HWC: UInt8[np.ndarray, "H W 3"],
+    prompt: str = "",
+    sampling: SamplingConfig | None = None,
 ) -> Conditions:
-    """A photo of any size and a prompt -> conditions for `talk`; the photo is cropped to the model's square."""
+    """A photo of any size (cropped to the model's square) and a prompt -> conditions for `talk`."""
     config = avatar.config
     image = cover_and_crop(image_HWC, config.image_size, config.image_size)
     text = jnp.asarray(encode_words(prompt, config.dit.text_len, config.dit.text_dim))[None]
@@ -45,8 +48,8 @@ def talk(
 ) -> Iterator[UInt8[np.ndarray, "T H W 3"]]:
     """Mono sound of 16 kHz, whole or in pieces -> frames, block by block (12 frames of 25 a second).
 
-    Frame j shows the sound from j * 40 ms on. The last block is completed with silence, so there can be up to
-    11 frames more than the sound is long. Memory does not grow with the length; sound is read as it is needed.
+    Frame j shows the sound from j * 40 ms on. The last block is completed with silence, so there can
+    be up to 11 frames more than the sound is long. Memory is constant; sound is read as it is needed.
     """
     config, sampling = avatar.config, sampling or avatar.config.sampling
     block_frames = config.dit.block_frames * avatar.vae.config.temporal_factor

@@ -120,7 +120,9 @@ class CausalDiT(nnx.Module):
 
         self.blocks = stack(lambda r: Block(config, rngs=r), config.layers)
         if config.inject_layers:
-            self.injectors = stack(lambda r: AudioInjector(width, config.heads, rngs=r), len(config.inject_layers))
+            self.injectors = stack(
+                lambda r: AudioInjector(width, config.heads, rngs=r), len(config.inject_layers)
+            )
         self.head = Head(config, rngs=rngs)
 
     @property
@@ -170,7 +172,8 @@ def timestep_sinusoid(t_BF: Float[np.ndarray, "B F"] | Array, freq_dim: int) -> 
     NumPy input is computed in float64 and returned as float32, as the reference does; traced values are
     computed in float32 (angles up to 1000 rad, error about 3e-5).
     """
-    xp = np if isinstance(t_BF, np.ndarray) else jnp
+    xp: Any = np if isinstance(t_BF, np.ndarray) else jnp
+    angle: Any
     frequency = 10_000.0 ** (-np.arange(freq_dim // 2, dtype=np.float64) / (freq_dim // 2))
     if xp is np:
         angle = np.asarray(t_BF, np.float64)[..., None] * frequency
@@ -193,7 +196,7 @@ def run_layers(
     e0_BR6D: Float[Array, "B R 6 D"],
     text_LBSNH: KV,
     sequence: Sequence,
-    attend: Callable[..., tuple[Array, Any]],
+    attend: Callable[..., tuple[Array, Any, Any]],
     state: Any = None,
     *,
     per_layer: Any = None,

@@ -19,7 +19,14 @@ from lavatar_jax.config import DiTConfig
 from lavatar_jax.models import rope as rp
 from lavatar_jax.models.attention import KV, Implementation, RingCache, RingSlot, dot_product_attention
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
-from lavatar_jax.models.dit import CausalDiT, Sequence, Times, run_layers, timestep_sinusoid, with_condition_row
+from lavatar_jax.models.dit import (
+    CausalDiT,
+    Sequence,
+    Times,
+    run_layers,
+    timestep_sinusoid,
+    with_condition_row,
+)
 from lavatar_jax.models.rope import Rope, apply_rope
 
 DropMotion = Literal["none", "all", "part"]
@@ -109,7 +116,9 @@ def stream_forward(
 
     def attend(layer: Any, q: Array, kv: KV, ring: KV, sink_k: Array) -> tuple[Array, KV, None]:
         def write(buffer: Array, new: Array, offset: Any) -> Array:
-            return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), (layer, 0, offset, 0, 0))
+            return jax.lax.dynamic_update_slice(
+                buffer, new[None].astype(buffer.dtype), (layer, 0, offset, 0, 0)
+            )
 
         k = write(ring.k, apply_rope(sink_k, sink_rope), 0)
         k = write(k, apply_rope(kv.k, rope), n_sink + slot.offset)
@@ -137,7 +146,9 @@ def stream_forward(
     return flow, dataclasses.replace(cache, k=ring.k, v=ring.v)
 
 
-def block_causal_mask(frames: int, tokens_per_frame: int, cond: int, block_frames: int) -> Bool[np.ndarray, "T T"]:
+def block_causal_mask(
+    frames: int, tokens_per_frame: int, cond: int, block_frames: int
+) -> Bool[np.ndarray, "T T"]:
     """Who may attend to whom (row: query) in the sequence noisy | reference | motion.
 
     A noisy token sees its own block, earlier blocks and all condition tokens; condition tokens see each
@@ -199,7 +210,9 @@ def train_forward(
     if not isinstance(audio, AudioTokens):
         pieces = config.block_frames if blockwise_audio else None
         audio = encode_audio(model.audio_encoder, audio, block_frames=pieces)
-    table = train_rope(config, frames, height, width, motion=motion_BFHWC is not None) if rope is None else rope
+    table = (
+        train_rope(config, frames, height, width, motion=motion_BFHWC is not None) if rope is None else rope
+    )
     x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
     sequence_parts = [x, model.embed_reference(ref_B1HWC)]
     if motion_BFHWC is not None:
@@ -222,7 +235,7 @@ def train_forward(
 def teacher_forward(
     model: CausalDiT,
     latent_BFHWC: Float[Array, "B F H W C"],
-    t_B: Float[Any, "B"],
+    t_B: Float[Any, " B"],
     *,
     text_BSE: Float[Array, "B S E"],
     audio_BPLAT: Float[Array, "B P L A T"],
@@ -268,7 +281,11 @@ def _one_pass(
     times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
 
     def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, None]:
-        return dot_product_attention(apply_rope(q, table), apply_rope(kv.k, table), kv.v, mask=mask), state, None
+        return (
+            dot_product_attention(apply_rope(q, table), apply_rope(kv.k, table), kv.v, mask=mask),
+            state,
+            None,
+        )
 
     x, _, _ = run_layers(
         model,

@@ -20,8 +20,8 @@ REFERENCE_FRAME = 30  # where the reference image sits in time until it starts t
 class Rope(NamedTuple):
     """Cosine and sine for each token: [T, head_dim / 2], the same for all heads."""
 
-    cos: Float[Array, "T half"]
-    sin: Float[Array, "T half"]
+    cos: Float[Array | np.ndarray, "T half"]
+    sin: Float[Array | np.ndarray, "T half"]
 
 
 class Grid(NamedTuple):
@@ -42,8 +42,8 @@ class Grid(NamedTuple):
 
     def rolled(self, frames: int) -> Grid:
         """The grid moved `frames` later in time."""
-        (f0, *start), (f1, *end) = self.start, self.end
-        return Grid((f0 + frames, *start), (f1 + frames, *end), self.target)
+        (f0, h0, w0), (f1, h1, w1) = self.start, self.end
+        return Grid((f0 + frames, h0, w0), (f1 + frames, h1, w1), self.target)
 
 
 def video_grid(frame: int, frames: int, rows: int, columns: int) -> Grid:

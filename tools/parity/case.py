@@ -91,7 +91,11 @@ def load_dit(case: Case, prefix: str = "") -> CausalDiT:
 
 def load_part(tensors: dict[str, np.ndarray], make: Any, path: str, rules: list[Rule] = DIT_RULES) -> Any:
     """One module of a larger model: the rules below `path` (without it) fill `make()`'s shapes."""
-    part = [Rule(r.pattern, r.path.removeprefix(path + "."), r.transform) for r in rules if r.path.startswith(path + ".")]
+    part = [
+        Rule(r.pattern, r.path[len(path) + 1 :], r.transform)
+        for r in rules
+        if r.path and r.path.startswith(path + ".")
+    ]
     return convert(tensors, part, jax.eval_shape(make))
 
 

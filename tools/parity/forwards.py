@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ class Stream:
         self.case, self.model, self.half, self.ring_tokens = case, model, half, ring_tokens
         self.config = model.config
         self.height, self.width = case["latent_hw"]
-        self.text = model.text_keys_values(pad_text([case.inputs["context"]], self.config.text_len))
+        self.text = model.text_keys_values(
+            jnp.asarray(pad_text([case.inputs["context"]], self.config.text_len))
+        )
         n_sink = cond_tokens(self.config, self.height, self.width, motion=True)
         self.sink = prefill_sink(
             model,
@@ -51,7 +54,9 @@ class Stream:
         inputs, config, frames = self.case.inputs, self.config, x.shape[1]
         frame = block * frames if frame is None else frame
         rows, columns = self.height // config.patch, self.width // config.patch
-        times = self.model.embed_time(jnp.asarray(timestep_sinusoid(np.full((1, frames), t), config.freq_dim)))
+        times = self.model.embed_time(
+            jnp.asarray(timestep_sinusoid(np.full((1, frames), t), config.freq_dim))
+        )
         audio = inputs["audio"][None, ..., 4 * frames * block : 4 * frames * (block + 1)]
         pose = None
         if "cond_states" in inputs:
@@ -134,7 +139,7 @@ def late_clip(case: Case) -> Iterator[Check]:
 
 def train(case: Case) -> Iterator[Check]:
     model, inputs = load_dit(case), case.inputs
-    drops = {"dropmotion": "all", "droppart": "part"}
+    drops: dict[str, Any] = {"dropmotion": "all", "droppart": "part"}
     for variant, want in case.outputs():
         flow = train_forward(
             model,
@@ -150,7 +155,9 @@ def train(case: Case) -> Iterator[Check]:
         yield Check(f"flow ({variant})", first(flow[0]), want["flow"], case.tolerance("flow"))
         if "mask" in want:
             frames, tokens = case["n_frames"], case["frame_seqlen"]
-            mask = block_causal_mask(frames, tokens, len(want["mask"]) - frames * tokens, case["num_frame_per_block"])
+            mask = block_causal_mask(
+                frames, tokens, len(want["mask"]) - frames * tokens, case["num_frame_per_block"]
+            )
             yield Check(f"mask ({variant})", mask.astype(np.uint8), want["mask"], EXACT)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lavatar_jax.checkpoints.convert import convert
@@ -57,7 +56,7 @@ class _Embeddings(nnx.Module):
 
 def embeddings(case: Case) -> Iterator[Check]:
     config, want, tolerance = dit_config(case["config"]), dict(case.outputs())[""], case.tolerance("float32")
-    rules = [rule for rule in DIT_RULES if rule.path.startswith(("text_embed.", "time_"))]
+    rules = [rule for rule in DIT_RULES if rule.path and rule.path.startswith(("text_embed.", "time_"))]
     model = convert(case.weights, rules, jax.eval_shape(lambda: _Embeddings(config)))
     sinusoid = timestep_sinusoid(case.inputs["t"][None], config.freq_dim)
     times = model.embed_time(jnp.asarray(sinusoid))
@@ -165,7 +164,7 @@ def block(case: Case) -> Iterator[Check]:
             roll = rp.sink_roll(frame, case["relative_dist"][index])
             sink_k = rp.apply_rope(sink.k, table([grid.rolled(roll) for grid in cond_grids]))
 
-            def attend(q, kv, k=k, v=v, slot=slot, table_block=table_block, sink_k=sink_k):
+            def attend(q, kv, k=k, v=v, slot=slot, table_block=table_block, sink_k=sink_k, sink=sink):
                 k = jax.lax.dynamic_update_slice(k, rp.apply_rope(kv.k, table_block), (0, slot.offset, 0, 0))
                 v = jax.lax.dynamic_update_slice(v, kv.v, (0, slot.offset, 0, 0))
                 start = slot.start or 0

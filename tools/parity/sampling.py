@@ -16,8 +16,8 @@ from lavatar_jax.checkpoints.tables_vae import WAN21_RULES
 from lavatar_jax.config import RELEASE_SINGLE, RELEASE_TPP, SamplingConfig, VAEConfig
 from lavatar_jax.diffusion import FlowSchedule, euler_step
 from lavatar_jax.inference.conditions import image_conditions, to_signed
-from lavatar_jax.inference.images import resize_and_crop, size_less_than_area
 from lavatar_jax.inference.denoise import Rings
+from lavatar_jax.inference.images import resize_and_crop, size_less_than_area
 from lavatar_jax.inference.rollout import Draws, rollout
 from lavatar_jax.models.vae import make_vae
 from lavatar_jax.types import BlockInput
@@ -53,7 +53,9 @@ def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[st
         latent_std=tuple(case["vae_std"]),
     )
     vae = convert(
-        with_prefix(case.weights, "vae."), WAN21_RULES, jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0)))
+        with_prefix(case.weights, "vae."),
+        WAN21_RULES,
+        jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0))),
     )
     tolerance, video_tolerance = case.tolerance("flow/latents"), case.tolerance("video")
     outputs = dict(case.outputs())
@@ -67,13 +69,16 @@ def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[st
             prime_latents=min(preset.prime_latents, case["motion_frames"][1]),
             **variants[variant],
         )
-        height, width = size_less_than_area(*case["image_hw"], case["max_area"])
+        image_height, image_width = case["image_hw"]
+        height, width = size_less_than_area(image_height, image_width, case["max_area"])
         pixels = resize_and_crop(case.inputs["image"], height, width)
         text = pad_text([case.inputs["context"]], dit.config.text_len)
         conditions = image_conditions(dit.config, vae, sampling, pixels, jnp.asarray(text))
         sinks: list[tuple[Any, Any]] = []
         audio = case.inputs["audio_emb"][None]
-        blocks = [BlockInput(jnp.asarray(audio[..., 12 * b : 12 * b + 12])) for b in range(audio.shape[-1] // 12)]
+        blocks = [
+            BlockInput(jnp.asarray(audio[..., 12 * b : 12 * b + 12])) for b in range(audio.shape[-1] // 12)
+        ]
         steps = rollout(
             dit,
             vae,
@@ -114,7 +119,9 @@ def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[st
             yield Check(f"video_frame_std ({variant})", std, want["video_frame_std"], video_tolerance)
 
 
-def _ring_checks(rings: Rings, want: dict[str, np.ndarray], variant: str, tolerance: Tolerance) -> Iterator[Check]:
+def _ring_checks(
+    rings: Rings, want: dict[str, np.ndarray], variant: str, tolerance: Tolerance
+) -> Iterator[Check]:
     for key in want:
         if not key.startswith(("kv.", "cond.")):
             continue
@@ -153,7 +160,9 @@ def euler(case: Case) -> Iterator[Check]:
 def image_size(case: Case) -> Iterator[Check]:
     keys = ("H", "W")
     sizes = [size_less_than_area(row["h"], row["w"], row["max_area"]) for row in case["rows"]]
-    yield Check("sizes", np.array(sizes), np.array([[row[key] for key in keys] for row in case["rows"]]), EXACT)
+    yield Check(
+        "sizes", np.array(sizes), np.array([[row[key] for key in keys] for row in case["rows"]]), EXACT
+    )
     image = resize_and_crop(case.inputs["image"], *case["image_target"])
     want = dict(case.outputs())[""]["ref_pixel_values"]
     yield Check("image", np.moveaxis(to_signed(image), -1, 0), want, case.tolerance("image"))
