@@ -1,11 +1,11 @@
-"""Cartoon faces: `render` pictures of an `Identity` in a `Motion`, their region masks, and random training frames."""
+"""Cartoon faces: pictures of an `Identity` in a `Motion`, region masks, and random training frames."""
 
 import jax
 import jax.numpy as jnp
 
 from lavatar_jax.data.faces_identity import Identity, draw_identity
-from lavatar_jax.data.shapes import box, coverage
 from lavatar_jax.data.faces_render import REGIONS, Motion, composite, face_layers, head_frame, neutral_motion
+from lavatar_jax.data.shapes import box, coverage
 
 __all__ = [
     "REGIONS", "Identity", "Motion", "attention_map", "draw_identity", "neutral_motion", "random_motion",
@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 def render(identity: Identity, motion: Motion, size: int) -> Array:
-    """Pictures of one identity, for motion fields of [T]: [T, size, size, 3] in [-1, 1]. Works inside jit and vmap."""
+    """Pictures [T, size, size, 3] in [-1, 1] of one identity, for motion fields of [T]."""
 
     def one(pose: Motion) -> Array:
         layers = face_layers(identity, pose, size)
@@ -30,7 +30,9 @@ def region_masks(identity: Identity, motion: Motion, size: int) -> Array:
 
     def one(pose: Motion) -> Array:
         layers = face_layers(identity, pose, size)
-        return composite(layers, jax.nn.one_hot(jnp.asarray([layer.region for layer in layers]), len(REGIONS)))
+        return composite(
+            layers, jax.nn.one_hot(jnp.asarray([layer.region for layer in layers]), len(REGIONS))
+        )
 
     return jax.vmap(one)(motion)
 
@@ -38,7 +40,7 @@ def region_masks(identity: Identity, motion: Motion, size: int) -> Array:
 def attention_map(
     identity: Identity, motion: Motion, size: int, mouth_weight: float = 4.0, eye_weight: float = 3.0
 ) -> Array:
-    """Loss weights [T, size, size, 1]: 1, rising smoothly to the given weights around the mouth and the eyes."""
+    """Loss weights [T, size, size, 1]: 1, rising smoothly around the mouth and the eyes."""
 
     def one(pose: Motion) -> Array:
         frame = head_frame(identity, pose, size)
@@ -66,7 +68,9 @@ def random_motion(key: Array, frames: int, blink_probability: float = 0.35) -> M
     level = uniform(keys[1], (), minval=-0.25, maxval=0.8)
     mouth_open = jnp.clip(level + 0.38 * syllables, 0.0, 1.0)
     mouth_width = jnp.clip(0.5 + 0.22 * _smooth_noise(keys[2], frames, 2.0), 0.0, 1.0)
-    smile = jnp.clip(uniform(keys[3], (), minval=-0.4, maxval=1.0) + 0.1 * _smooth_noise(keys[4], frames, 8.0), -0.5, 1)
+    smile = jnp.clip(
+        uniform(keys[3], (), minval=-0.4, maxval=1.0) + 0.1 * _smooth_noise(keys[4], frames, 8.0), -0.5, 1
+    )
     # A blink: the lid falls in 2 frames and rises in 3.
     centre = uniform(keys[5], (), minval=-2.0, maxval=frames + 1.0)
     since = jnp.arange(frames) - centre
@@ -76,7 +80,8 @@ def random_motion(key: Array, frames: int, blink_probability: float = 0.35) -> M
     gaze = jnp.where(uniform(keys[8]) < 0.5, uniform(keys[9], (2,), minval=-0.8, maxval=0.8), 0.0)
     return Motion(
         mouth_open=mouth_open, mouth_width=mouth_width, smile=smile, blink=blink,
-        gaze_x=gaze[0] + 0.05 * _smooth_noise(keys[10], frames, 6.0), gaze_y=jnp.broadcast_to(gaze[1], (frames,)),
+        gaze_x=gaze[0] + 0.05 * _smooth_noise(keys[10], frames, 6.0),
+        gaze_y=jnp.broadcast_to(gaze[1], (frames,)),
         brow=jnp.clip(0.35 * _smooth_noise(keys[11], frames, 8.0), -1.0, 1.0),
         head_x=sway * 0.024 * _smooth_noise(keys[12], frames, 10.0),
         head_y=sway * 0.012 * _smooth_noise(keys[13], frames, 8.0),

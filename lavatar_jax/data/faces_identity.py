@@ -11,23 +11,67 @@ Array = jax.Array
 
 SPLITS = ("train", "heldout")
 
-# From light to dark; an identity takes a uniform position along this line, so dark tones are as frequent as light.
+# From light to dark; an identity takes a uniform position on this line: dark is as frequent as light.
 SKIN_TONES = (
-    "fde4d3", "f6d2b3", "eebd95", "dca577", "c48a5c", "a97048", "8c5836", "6f432a", "563321", "43281c",
+    "fde4d3",
+    "f6d2b3",
+    "eebd95",
+    "dca577",
+    "c48a5c",
+    "a97048",
+    "8c5836",
+    "6f432a",
+    "563321",
+    "43281c",
 )
 HAIR_COLOURS = (
-    "17130f", "2b1c12", "43291a", "5f3a1f", "7c4a22", "8f3318", "b6491c", "c99146", "e2bd6a", "f0dfb0",
-    "8d8d90", "d5d3d0", "31468f", "8a2f72", "b6577f", "2f6f5f",
+    "17130f",
+    "2b1c12",
+    "43291a",
+    "5f3a1f",
+    "7c4a22",
+    "8f3318",
+    "b6491c",
+    "c99146",
+    "e2bd6a",
+    "f0dfb0",
+    "8d8d90",
+    "d5d3d0",
+    "31468f",
+    "8a2f72",
+    "b6577f",
+    "2f6f5f",
 )
 IRIS_COLOURS = ("3b2313", "5a3719", "7b5a2b", "2f7d4f", "3d8f86", "2f62a8", "5b93c7", "6b7f8c")
 SHIRT_COLOURS = (
-    "2f4f86", "8f2f36", "2e6b4b", "d8b348", "e9e4da", "33363d", "7d4f93", "d0743c", "5d9fb8", "a9c05a", "c77d92",
+    "2f4f86",
+    "8f2f36",
+    "2e6b4b",
+    "d8b348",
+    "e9e4da",
+    "33363d",
+    "7d4f93",
+    "d0743c",
+    "5d9fb8",
+    "a9c05a",
+    "c77d92",
     "77583f",
 )
 BACKGROUND_COLOURS = (
-    "7fa3bd", "c9b394", "93ad8b", "b493a8", "5f7691", "d9cfc0", "8c7f73", "6f9a97", "c98f76", "4b5568", "a8b7d1",
+    "7fa3bd",
+    "c9b394",
+    "93ad8b",
+    "b493a8",
+    "5f7691",
+    "d9cfc0",
+    "8c7f73",
+    "6f9a97",
+    "c98f76",
+    "4b5568",
+    "a8b7d1",
     "dcc27f",
 )
+
 
 def _rgb(codes: tuple[str, ...]) -> Array:
     return jnp.asarray([[int(c[i : i + 2], 16) / 255.0 for i in (0, 2, 4)] for c in codes], jnp.float32)
@@ -36,7 +80,7 @@ def _rgb(codes: tuple[str, ...]) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """A person, their clothes and their room. Colours are [3] in [0, 1]; lengths are in half picture widths."""
+    """A person, their clothes and room. Colours are [3] in [0, 1]; lengths in half picture widths."""
 
     # colours
     skin: Array
@@ -139,11 +183,13 @@ def draw_identity(index: Array | int, split: str = "train") -> Identity:
     beard = flag(0.16) * (1.0 - long_hair) * uniform(0.5, 0.85)
     # Discs to the left and right of the head, a picture frame in one of the upper corners.
     side = jnp.sign(uniform(-1.0, 1.0))
-    places = jnp.stack([
-        jnp.stack([-side * uniform(0.6, 0.95), uniform(-0.9, -0.1), uniform(0.1, 0.26)]),
-        jnp.stack([side * uniform(0.7, 1.0), uniform(-0.2, 0.4), uniform(0.06, 0.18)]),
-        jnp.stack([side * uniform(0.68, 0.88), uniform(-0.8, -0.5), uniform(0.16, 0.26)]),
-    ])
+    places = jnp.stack(
+        [
+            jnp.stack([-side * uniform(0.6, 0.95), uniform(-0.9, -0.1), uniform(0.1, 0.26)]),
+            jnp.stack([side * uniform(0.7, 1.0), uniform(-0.2, 0.4), uniform(0.06, 0.18)]),
+            jnp.stack([side * uniform(0.68, 0.88), uniform(-0.8, -0.5), uniform(0.16, 0.26)]),
+        ]
+    )
     return Identity(
         skin=skin,
         hair=choose(HAIR_COLOURS, 0.03),

@@ -1,7 +1,7 @@
 """Draws an `Identity` in a pose as a stack of flat-coloured, antialiased layers.
 
-Every layer is (coverage map, colour, region). The picture is the stack composited from back to front; the same
-stack with region indicators in place of the colours gives exact region masks.
+Every layer is (coverage map, colour, region). The picture is the stack composited from back to front; the
+same stack with region indicators in place of the colours gives exact region masks.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,20 @@ class Motion:
 
 
 def neutral_motion(frames: int | None = None) -> Motion:
-    """The pose of a reference photo: mouth nearly closed, eyes open, head upright. Fields are [] or [frames]."""
+    """The pose of a reference photo: mouth closed, eyes open, head upright. Fields are [] or [frames]."""
     shape = () if frames is None else (frames,)
     zero = jnp.zeros(shape)
     return Motion(
-        mouth_open=zero, mouth_width=zero + 0.5, smile=zero + 0.1, blink=zero, gaze_x=zero, gaze_y=zero,
-        brow=zero, head_x=zero, head_y=zero, roll=zero,
+        mouth_open=zero,
+        mouth_width=zero + 0.5,
+        smile=zero + 0.1,
+        blink=zero,
+        gaze_x=zero,
+        gaze_y=zero,
+        brow=zero,
+        head_x=zero,
+        head_y=zero,
+        roll=zero,
     )
 
 
@@ -56,7 +64,7 @@ class Layer(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Coordinates of all pixels [H, W] in the picture, the head and the features, and the size of a pixel there."""
+    """Coordinates of all pixels [H, W] in picture, head and features, and the size of a pixel there."""
 
     x: Array
     y: Array
@@ -110,7 +118,10 @@ def _room(identity: Identity, frame: Frame) -> list[Layer]:
         layers.append(Layer(0.85 * alpha, identity.object_colours[i], BACKGROUND))
     cx, cy, half = identity.object_places[2]
     outer = coverage(box(x - cx, y - cy, half, half * 0.8, 0.01), pixel) * identity.objects_present[2]
-    inner = coverage(box(x - cx, y - cy, half - 0.045, half * 0.8 - 0.045, 0.01), pixel) * identity.objects_present[2]
+    inner = (
+        coverage(box(x - cx, y - cy, half - 0.045, half * 0.8 - 0.045, 0.01), pixel)
+        * identity.objects_present[2]
+    )
     layers.append(Layer(outer, _shade(identity.object_colours[2], 0.6), BACKGROUND))
     layers.append(Layer(inner, _tint(identity.object_colours[2], 0.45), BACKGROUND))
     return layers
@@ -138,7 +149,9 @@ def _body(identity: Identity, motion: Motion, frame: Frame) -> tuple[list[Layer]
     column = jnp.maximum(jnp.abs(neck_x) - width - 1.2 * flare * flare, jnp.maximum(0.1 - y, y - 0.76))
     chest = ellipse(x, y - 0.74, width + 0.06, 0.07 + identity.neckline)
     neck = coverage(jnp.minimum(column, chest), pixel)
-    chin = frame.head_y - identity.head_height * (1.0 + 0.07 * motion.mouth_open) - 0.03 + 0.9 * frame.head_x**2
+    chin = (
+        frame.head_y - identity.head_height * (1.0 + 0.07 * motion.mouth_open) - 0.03 + 0.9 * frame.head_x**2
+    )
     collar = coverage(jnp.abs(chest) - 0.018, pixel) * shirt * coverage(0.74 - y, pixel)
     neck_layers = [
         Layer(neck, _shade(identity.skin, 0.93), SKIN),
@@ -180,7 +193,9 @@ def _head(identity: Identity, motion: Motion, frame: Frame) -> list[Layer]:
     skin = identity.skin
     beard_edge = identity.mouth_y + 0.055 - 1.5 * frame.feature_x**2
     beard = coverage(beard_edge - frame.feature_y, 0.03)
-    moustache = coverage(ellipse(frame.feature_x, frame.feature_y - identity.mouth_y + 0.05, 0.17, 0.035), 0.02)
+    moustache = coverage(
+        ellipse(frame.feature_x, frame.feature_y - identity.mouth_y + 0.05, 0.17, 0.035), 0.02
+    )
     cheeks = coverage(circle(jnp.abs(frame.feature_x) - 0.24, frame.feature_y - 0.15, 0.08), 0.12)
     dots = jnp.minimum(
         circle(jnp.abs(frame.feature_x) - 0.13, frame.feature_y - 0.1, 0.014),
@@ -247,7 +262,7 @@ def _eyes(identity: Identity, motion: Motion, frame: Frame) -> list[Layer]:
 
 
 def mouth_shape(identity: Identity, motion: Motion) -> tuple[Array, Array, Array, Array]:
-    """Half-width of the mouth and the y of its corners, upper and lower edge of the opening, in feature units."""
+    """Half-width of the mouth, and y of its corners and of the opening's edges, in feature units."""
     width = identity.mouth_width * (0.78 + 0.4 * motion.mouth_width + 0.14 * motion.smile)
     corner = identity.mouth_y - 0.035 * motion.smile + 0.03 * motion.mouth_open
     upper = identity.mouth_y + 0.012 * motion.smile - MOUTH_OPENING_UP * motion.mouth_open
@@ -260,7 +275,9 @@ def _mouth(identity: Identity, motion: Motion, frame: Frame) -> list[Layer]:
     width, corner, upper, lower = mouth_shape(identity, motion)
     lip = identity.lip_thickness
     lips = coverage(lens(x, y, width + 0.02, upper - 0.8 * lip, lower + 1.1 * lip, corner), pixel)
-    shine = coverage(lens(x + 0.02, y, 0.4 * width, lower + 0.35 * lip, lower + 0.7 * lip, lower + 0.5 * lip), 0.02)
+    shine = coverage(
+        lens(x + 0.02, y, 0.4 * width, lower + 0.35 * lip, lower + 0.7 * lip, lower + 0.5 * lip), 0.02
+    )
     crease = coverage(stroke(x, y, width, upper, corner, 0.009), pixel)
     height = lower - upper
     inside = coverage(lens(x, y, width * 0.93, upper, lower, corner), pixel)
@@ -287,14 +304,22 @@ def _glasses(identity: Identity, frame: Frame) -> list[Layer]:
     bar = jnp.maximum(jnp.abs(y + 0.02) - 0.012, -lens_shape)
     bar = jnp.maximum(bar, jnp.abs(frame.feature_x) - identity.head_width - 0.01)
     frame_alpha = coverage(jnp.minimum(rim, bar), pixel) * identity.glasses
-    glare = coverage(lens_shape, pixel) * jnp.clip(0.6 - 6.0 * jnp.abs(x + y + 0.05), 0.0, 0.22) * identity.glasses
+    glare = (
+        coverage(lens_shape, pixel)
+        * jnp.clip(0.6 - 6.0 * jnp.abs(x + y + 0.05), 0.0, 0.22)
+        * identity.glasses
+    )
     return [Layer(glare, jnp.ones(3), EYES), Layer(frame_alpha, identity.glasses_colour, OTHER)]
 
 
 def _hair_front(identity: Identity, frame: Frame, front: Array) -> list[Layer]:
     x, y = frame.head_x, frame.head_y
-    band = coverage(jnp.abs(ellipse(x, y + 0.03, identity.head_width, identity.head_height) + 0.045) - 0.025, 0.06)
-    strands = jnp.sin(17.0 * (x + 0.4 * identity.hairline_tilt) / jnp.maximum(y + 1.0, 0.25))  # fan out from the crown
+    band = coverage(
+        jnp.abs(ellipse(x, y + 0.03, identity.head_width, identity.head_height) + 0.045) - 0.025, 0.06
+    )
+    strands = jnp.sin(
+        17.0 * (x + 0.4 * identity.hairline_tilt) / jnp.maximum(y + 1.0, 0.25)
+    )  # fan out from the crown
     return [
         Layer(front, identity.hair, HAIR),
         Layer(0.22 * front * jnp.clip(strands, 0.0, 1.0), _shade(identity.hair, 0.6), HAIR),
@@ -316,7 +341,7 @@ def face_layers(identity: Identity, motion: Motion, size: int) -> list[Layer]:
 
 
 def composite(layers: list[Layer], values: Array) -> Array:
-    """Blends `values[i]` (colours or region indicators) [L, C] of the layers from back to front: [H, W, C]."""
+    """Blends the layers' `values` (colours or region indicators) [L, C], back to front: [H, W, C]."""
     planes = []
     for channel in range(values.shape[-1]):  # one plane at a time is twice as fast on CPU as [H, W, C]
         plane = jnp.broadcast_to(values[0, channel], layers[0].alpha.shape)

@@ -1,7 +1,7 @@
 """From speech to the `Motion` of a face: the ground truth that the small model learns.
 
-The mouth follows the sound within the context window of the audio features (`LogMelConfig`: at most 2 video frames
-ahead), so it can be predicted from them; blinks, gaze and sway are random and cannot.
+The mouth follows the sound within the context window of the audio features (`LogMelConfig`: at most 2 video
+frames ahead), so it can be predicted from them; blinks, gaze and sway are random and cannot.
 """
 
 from __future__ import annotations
@@ -54,21 +54,24 @@ MANNERS = tuple(Manner(smile=smile, head=head) for smile in SMILES for head in H
 
 
 def _hop_kernel() -> Floats:
-    """Weights of the hops -4 .. 11 around a video frame's own 0 .. 3: a bell, 10 ms ahead of the frame's middle."""
+    """Weights of the hops -4 .. 11 around a frame's own 0 .. 3: a bell, 10 ms ahead of its middle."""
     hops = np.arange(-MEL.hops_per_frame, 3 * MEL.hops_per_frame)
     kernel = np.exp(-0.5 * ((hops - 2.5) / 4.2) ** 2)
     return (kernel / kernel.sum()).astype(np.float32)
 
 
 def mouth_from_speech(samples: Floats) -> tuple[Floats, Floats]:
-    """Openness and width of the mouth, both in [0, 1] (width rests at 0.5), for each of ceil(samples / 640) frames.
+    """Openness and width of the mouth, both in [0, 1] (width rests at 0.5), for each of ceil(samples / 640)
+    frames.
 
     Args:
         samples: mono speech [n] at 16 kHz, at about the usual level (`speech.normalise_level`).
     """
     step = MEL.samples_per_frame
     count = -(-len(samples) // step)
-    padded = np.zeros((count + 3) * step + MEL.window - MEL.hop, np.float32)  # one silent frame before, two after
+    padded = np.zeros(
+        (count + 3) * step + MEL.window - MEL.hop, np.float32
+    )  # one silent frame before, two after
     padded[MEL.window - MEL.hop + step :][: len(samples)] = samples
     powers = band_powers(padded, MEL).reshape(-1, MEL.bands)  # [hops, bands]
     loudness_db = 10.0 * np.log10(powers[:, FORMANT_BANDS].sum(axis=1) + 1e-9)
@@ -92,7 +95,7 @@ def _smooth_noise(random: np.random.Generator, frames: int, correlation: float) 
 
 
 def blink_track(random: np.random.Generator, frames: int) -> Floats:
-    """Lid closure [frames]: blinks at random times, at least 0.9 s apart, closing in 2 frames, opening in 3."""
+    """Lid closure [frames]: random blinks, at least 0.9 s apart, closing in 2 frames, opening in 3."""
     blink = np.zeros(frames, np.float32)
     shortest = 0.9 * FRAMES_PER_SECOND
     mean_gap = 60.0 * FRAMES_PER_SECOND / BLINKS_PER_MINUTE - shortest
@@ -144,4 +147,3 @@ def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -
         "roll": np.clip(sway * 0.035 * drift(25.0, 9.0), -0.12, 0.12),
     }
     return Motion(**{name: jnp.asarray(values, jnp.float32) for name, values in fields.items()})
-

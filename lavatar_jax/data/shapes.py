@@ -10,7 +10,7 @@ Array = jax.Array
 
 
 def coverage(distance: Array, width: Array | float) -> Array:
-    """Turns a distance into the share of a pixel that is covered, as a linear ramp of `width` around the edge."""
+    """Turns a distance into the covered share of a pixel: a linear ramp of `width` around the edge."""
     return jnp.clip(0.5 - distance / width, 0.0, 1.0)
 
 
@@ -31,15 +31,19 @@ def ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
     return jnp.maximum(norm * (norm - 1.0) / gradient, box_bound)
 
 
-def box(x: Array, y: Array, half_width: Array | float, half_height: Array | float, radius: Array | float) -> Array:
+def box(
+    x: Array, y: Array, half_width: Array | float, half_height: Array | float, radius: Array | float
+) -> Array:
     """Distance to a box with rounded corners of the given radius."""
     qx, qy = jnp.abs(x) - half_width + radius, jnp.abs(y) - half_height + radius
     outside = jnp.sqrt(jnp.maximum(qx, 0.0) ** 2 + jnp.maximum(qy, 0.0) ** 2 + 1e-12)
     return outside + jnp.minimum(jnp.maximum(qx, qy), 0.0) - radius
 
 
-def parabola(x: Array, half_width: Array | float, middle: Array | float, corner: Array | float) -> tuple[Array, Array]:
-    """A curve y(x) through `middle` at x = 0 and `corner` at x = +-half_width, and its length per unit of x."""
+def parabola(
+    x: Array, half_width: Array | float, middle: Array | float, corner: Array | float
+) -> tuple[Array, Array]:
+    """A curve y(x) through `middle` at 0 and `corner` at +-half_width, and its length per unit of x."""
     u = x * (1.0 / half_width)
     y = middle + (corner - middle) * u * u
     slope = 2.0 * (corner - middle) * u * (1.0 / half_width)
@@ -47,7 +51,11 @@ def parabola(x: Array, half_width: Array | float, middle: Array | float, corner:
 
 
 def lens(
-    x: Array, y: Array, half_width: Array | float, top: Array | float, bottom: Array | float,
+    x: Array,
+    y: Array,
+    half_width: Array | float,
+    top: Array | float,
+    bottom: Array | float,
     corner: Array | float = 0.0,
 ) -> Array:
     """Distance to the region between two parabolas that meet at the corners (lips, eyelids).
@@ -61,7 +69,11 @@ def lens(
 
 
 def stroke(
-    x: Array, y: Array, half_width: Array | float, middle: Array | float, corner: Array | float,
+    x: Array,
+    y: Array,
+    half_width: Array | float,
+    middle: Array | float,
+    corner: Array | float,
     thickness: Array | float,
 ) -> Array:
     """Distance to a parabolic stroke that tapers to its ends; `thickness` is half its width in the middle."""

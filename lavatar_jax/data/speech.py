@@ -47,10 +47,10 @@ TRAINING_VOICES = (
     Voice(program="flite", name="slt", speed=0.9),
     Voice(program="flite", name="awb", speed=1.1),
     Voice(program="festival", name="cmu_us_slt_arctic_hts"),
-    _espeak("en-us+m1"), _espeak("en-us+m3", 0.7, 0.9), _espeak("en-us+f1", 1.2), _espeak("en-us+f3", 1.0, 1.1),
-    _espeak("en-gb+m2", 0.8), _espeak("en-gb+m4", 1.1, 0.9), _espeak("en-gb+f2"), _espeak("en-gb+f5", 1.3),
-    _espeak("en-gb-scotland+m6", 0.9), _espeak("en-gb-scotland+f1", 1.1, 0.85), _espeak("en-gb-x-rp+m8", 1.0, 0.95),
-    _espeak("en-gb-x-rp+f3", 0.9),
+    _espeak("en-us+m1"), _espeak("en-us+m3", 0.7, 0.9), _espeak("en-us+f1", 1.2), _espeak("en-us+f3", 1.0,
+    1.1), _espeak("en-gb+m2", 0.8), _espeak("en-gb+m4", 1.1, 0.9), _espeak("en-gb+f2"), _espeak("en-gb+f5",
+    1.3), _espeak("en-gb-scotland+m6", 0.9), _espeak("en-gb-scotland+f1", 1.1, 0.85), _espeak("en-gb-x-rp+m8",
+    1.0, 0.95), _espeak("en-gb-x-rp+f3", 0.9),
 )  # fmt: skip
 HELDOUT_VOICES = (
     Voice(program="flite", name="rms"),
@@ -98,7 +98,7 @@ def write_wav(path: Path, samples: Samples) -> None:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
-        file.writeframes((np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").tobytes())
+        file.writeframes(np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2").tobytes())
     os.replace(temporary, path)
 
 
@@ -123,7 +123,9 @@ def synthesize(text: str, voice: Voice, seed: int = 0, *, cache: Path | None = N
         command, stdin = _command(text, voice, pitch, speed, out)
         if shutil.which(command[0]) is None:
             package = "festival festvox-us-slt-hts" if voice.program == "festival" else voice.program
-            raise UserError(f"speech needs the program {command[0]}: install it, e.g. apt-get install {package}")
+            raise UserError(
+                f"speech needs the program {command[0]}: install it, e.g. apt-get install {package}"
+            )
         result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
         if result.returncode or not out.exists():
             reason = result.stderr.strip().splitlines()[-1:] or ["no sound file was written"]
@@ -132,11 +134,12 @@ def synthesize(text: str, voice: Voice, seed: int = 0, *, cache: Path | None = N
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_wav(path, samples)
+        return read_wav(path)  # rounded to 16 bits: the same now as from the cache
     return samples
 
 
 def speech_level_db(samples: Samples) -> float:
-    """Loudness of the spoken parts in dB of full scale: the RMS of the 20 ms pieces within 25 dB of the loudest."""
+    """Loudness in dB of full scale of what is spoken: the 20 ms pieces within 25 dB of the loudest."""
     pieces = samples[: len(samples) // 320 * 320].reshape(-1, 320)
     power = np.mean(np.square(pieces, dtype=np.float64), axis=1)
     if not power.size or power.max() < 1e-8:
@@ -144,7 +147,9 @@ def speech_level_db(samples: Samples) -> float:
     return float(10.0 * np.log10(power[power > power.max() * 10**-2.5].mean()))
 
 
-def normalise_level(samples: Samples, level_db: float = SPEECH_LEVEL_DB, max_gain_db: float = 30.0) -> Samples:
+def normalise_level(
+    samples: Samples, level_db: float = SPEECH_LEVEL_DB, max_gain_db: float = 30.0
+) -> Samples:
     """Scales a recording to the usual speech level; silence stays silence."""
     gain_db = level_db - speech_level_db(samples)
     if gain_db > max_gain_db:  # nothing but silence or faint noise
@@ -159,8 +164,9 @@ def _trim(samples: Samples) -> Samples:
 
 
 def recording(index: int, split: str, seconds: float = 30.0, *, cache: Path | None = None) -> Samples:
-    """Recording number `index` of a split: one voice speaking sentences with pauses, at a random level over light
-    noise. Deterministic by index and split. Returns float32 [seconds * 16000]."""
+    """Recording number `index` of a split: one voice speaking sentences with pauses, at a random level over
+    light noise. Deterministic by index and split. Returns float32 [seconds * 16000].
+    """
     random = np.random.default_rng([index, ("train", "heldout").index(split), 5])
     voices, sentences = voices_of(split), sentences_of(split)
     voice = voices[index % len(voices)]
@@ -171,7 +177,10 @@ def recording(index: int, split: str, seconds: float = 30.0, *, cache: Path | No
         spoken = normalise_level(_trim(synthesize(text, voice, int(random.integers(4)), cache=cache)))
         # Mostly short pauses, sometimes long ones: a rest of the avatar must be learned too.
         pause = random.uniform(2.0, 3.5) if random.random() < 0.1 else random.uniform(0.15, 0.9)
-        parts += [spoken * 10 ** (random.uniform(-1.5, 1.5) / 20), np.zeros(int(pause * SAMPLE_RATE), np.float32)]
+        parts += [
+            spoken * 10 ** (random.uniform(-1.5, 1.5) / 20),
+            np.zeros(int(pause * SAMPLE_RATE), np.float32),
+        ]
     samples = np.concatenate(parts)[:total]
     gain = 10 ** (np.clip(random.normal(0.0, 2.5), -5.0, 5.0) / 20)
     noise = 10 ** (random.uniform(-75.0, -52.0) / 20) if random.random() < 0.7 else 0.0

@@ -1,7 +1,9 @@
-"""Endless clips of people who talk, with everything that was true about them: what the DiT trains and is measured on.
+"""Endless clips of people who talk, with everything that was true about them: what the DiT trains and is
+measured on.
 
-The clip's first video frame is context only: a causal VAE makes 1 + 4k video frames into 1 + k latent frames, and the
-DiT generates latents 1 .. k. Audio frame j drives video frame j + 1, so the 4k audio frames belong to latents 1 .. k.
+The clip's first video frame is context only: a causal VAE makes 1 + 4k video frames into 1 + k latent frames,
+and the DiT generates latents 1 .. k. Audio frame j drives video frame j + 1, so the 4k audio frames belong to
+latents 1 .. k.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def recording_paths(folder: Path, split: str) -> list[Path]:
     """
     paths = sorted((folder / split).glob("*.wav"))
     if not paths:
-        raise UserError(f"no recordings in {folder / split}: write them with lavatar_jax.data.speech.write_corpus")
+        raise UserError(
+            f"no recordings in {folder / split}: write them with lavatar_jax.data.speech.write_corpus"
+        )
     return paths
 
 
@@ -104,7 +108,7 @@ def sample_clip(
     mel: LogMelConfig | None = None,
     manner: Manner | None = None,
 ) -> Clip:
-    """Clip number `index` of a split: identity number `index` speaks a random passage. Deterministic by index.
+    """Clip number `index` of a split: identity number `index` speaks a random passage.
 
     Args:
         frames: video frames, 1 + 4k.

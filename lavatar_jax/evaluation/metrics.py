@@ -77,7 +77,7 @@ def blinks_per_minute(blink: ArrayLike) -> float:
 
 
 def head_deviation(reading: Reading | Motion) -> float:
-    """Standard deviation of the head's position, in pictures' half widths (roll counts as at arm's length 0.3)."""
+    """Standard deviation of the head's position, in half picture widths (roll acts at distance 0.3)."""
     tracks = (np.asarray(reading.head_x), np.asarray(reading.head_y), 0.3 * np.asarray(reading.roll))
     return float(np.sqrt(sum(float(np.var(track)) for track in tracks)))
 
@@ -89,7 +89,7 @@ def head_activity(reading: Reading | Motion, span: int = 8) -> float:
     return float(np.sqrt(sum(float(np.mean((track[span:] - track[:-span]) ** 2)) for track in tracks)))
 
 
-# Between the levels of `motion.SMILE_LEVEL` and (geometrically) of `motion.SWAY_LEVEL`, measured on ground truth.
+# Halfway (geometrically, for activity) between the manners of `motion`, measured on ground truth.
 SMILE_THRESHOLD = 0.45
 ACTIVITY_THRESHOLDS = (0.0033, 0.0092)
 
@@ -110,11 +110,10 @@ def sharpness(video: Floats) -> float:
 
 
 def psnr(video: Floats, truth: Floats, weights: Floats | None = None) -> float:
-    """Peak signal to noise ratio in dB for values in [-1, 1]; weights broadcast to the video, e.g. `mouth_box`."""
+    """Peak signal to noise ratio in dB for values in [-1, 1]; weights (`mouth_box`) broadcast."""
     error = np.square(np.asarray(video, np.float64) - np.asarray(truth, np.float64))
-    weights = np.ones(1) if weights is None else np.asarray(weights, np.float64)
-    weights = np.broadcast_to(weights, error.shape)
-    return float(10.0 * np.log10(4.0 / max(float((error * weights).sum() / weights.sum()), 1e-12)))
+    shares = np.broadcast_to(np.ones(1) if weights is None else np.asarray(weights, np.float64), error.shape)
+    return float(10.0 * np.log10(4.0 / max(float((error * shares).sum() / shares.sum()), 1e-12)))
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -123,7 +122,9 @@ def mouth_box(identity: Identity, motion: Motion, size: int) -> jax.Array:
 
     def one(pose: Motion) -> jax.Array:
         frame = head_frame(identity, pose, size)
-        inside = (jnp.abs(frame.feature_x) < 0.25) & (jnp.abs(frame.feature_y - identity.mouth_y - 0.07) < 0.17)
+        inside = (jnp.abs(frame.feature_x) < 0.25) & (
+            jnp.abs(frame.feature_y - identity.mouth_y - 0.07) < 0.17
+        )
         return inside[..., None].astype(jnp.float32)
 
     return jax.vmap(one)(motion)
@@ -134,9 +135,12 @@ def colour_cores(identity: Identity, size: int) -> tuple[jax.Array, jax.Array]:
     """Pixels that show the same region wherever the head sways, and their true colours.
 
     Returns:
-        masks [size, size, 4] of `COLOUR_REGIONS` (a bald person's hair is empty) and mean colours [4, 3] in [-1, 1].
+        masks [size, size, 4] of `COLOUR_REGIONS` (a bald person's hair is empty) and mean colours [4, 3] in
+        [-1, 1].
     """
-    x, y, roll = (grid.reshape(-1) for grid in jnp.meshgrid(*(jnp.linspace(-a, a, 3) for a in (0.05, 0.025, 0.06))))
+    x, y, roll = (
+        grid.reshape(-1) for grid in jnp.meshgrid(*(jnp.linspace(-a, a, 3) for a in (0.05, 0.025, 0.06)))
+    )
     rest = neutral_motion(len(x))
     # The mouth opens and the eyes close in some of the poses, so that neither belongs to the skin.
     poses = Motion(**{**vars(rest), "head_x": x, "head_y": y, "roll": roll, "mouth_open": (x > 0) * 1.0})
@@ -151,7 +155,8 @@ def colour_cores(identity: Identity, size: int) -> tuple[jax.Array, jax.Array]:
 def colour_error(video: Floats, identity: Identity) -> dict[str, Floats]:
     """How far the mean colour of each region is from the identity's true one, in levels of 255.
 
-    Averaged over the three channels, for every frame: region -> [T]. Regions of fewer than 20 pixels are left out.
+    Averaged over the three channels, for every frame: region -> [T]. Regions of fewer than 20 pixels are left
+    out.
     """
     weights, colours = (np.asarray(a) for a in colour_cores(identity, video.shape[1]))
     result = {}

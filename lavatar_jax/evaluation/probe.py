@@ -1,9 +1,9 @@
 """Reads mouth, lids and head pose from pictures of a known identity, drawn or generated.
 
-The probe of an identity is calibrated on drawings of that identity in random poses, degraded like generated frames
-(blur, colour shifts, blotches, noise). It first finds the head, then looks at mouth and eyes in the head's own
-coordinates, so that sway does not disturb it. All maps are linear: they cannot follow a generated video further than
-the pictures justify.
+The probe of an identity is calibrated on drawings of that identity in random poses, degraded like generated
+frames (blur, colour shifts, blotches, noise). It first finds the head, then looks at mouth and eyes in the
+head's own coordinates, so that sway does not disturb it. All maps are linear: they cannot follow a generated
+video further than the pictures justify.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lavatar_jax.data.faces import Identity, Motion, render
 from lavatar_jax.data.faces_render import PARALLAX
@@ -74,18 +74,22 @@ def degrade(key: Array, video: Array) -> Array:
     video = video * jax.random.uniform(keys[1], (count, 1, 1, 3), minval=0.92, maxval=1.08)
     video = video + jax.random.uniform(keys[2], (count, 1, 1, 3), minval=-0.06, maxval=0.06)
     blotches = jax.random.normal(keys[3], (count, 8, 8, 3)) * 0.05
-    video = video + jax.random.uniform(keys[4], (count, 1, 1, 1)) * jax.image.resize(blotches, video.shape, "linear")
+    video = video + jax.random.uniform(keys[4], (count, 1, 1, 1)) * jax.image.resize(
+        blotches, video.shape, "linear"
+    )
     return video + 0.03 * jax.random.normal(keys[5], video.shape)
 
 
-def crop_face(video: Array, identity: Identity, pose: Array, window: tuple[float, ...], shape: tuple[int, int]) -> Array:
+def crop_face(
+    video: Array, identity: Identity, pose: Array, window: tuple[float, ...], shape: tuple[int, int]
+) -> Array:
     """Samples a window of the face, upright and centred whatever the pose.
 
     Args:
         video: [T, H, W, 3].
         pose: [T, 3]: head x, y, roll.
-        window: left, right, top, bottom in feature coordinates (relative to the head's centre, in head units).
-        shape: rows and columns of the result.
+        window: left, right, top, bottom in feature coordinates (relative to the head's centre, in head
+        units). shape: rows and columns of the result.
 
     Returns:
         [T, rows, columns, 3].
@@ -101,7 +105,7 @@ def crop_face(video: Array, identity: Identity, pose: Array, window: tuple[float
         picture_x = identity.head_scale * (cos * head_x - sin * head_y) + identity.head_x + x
         picture_y = identity.head_scale * (sin * head_x + cos * head_y) + identity.head_y + y
         size = picture.shape[0]
-        at = jnp.stack([(picture_y + 1.0) * 0.5 * size - 0.5, (picture_x + 1.0) * 0.5 * size - 0.5])
+        at = [(along + 1.0) * 0.5 * size - 0.5 for along in (picture_y, picture_x)]
         sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=at, order=1, mode="nearest")
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(picture)
 
@@ -125,7 +129,9 @@ def _coarse(video: Array) -> Array:
 
 
 @jax.jit
-def _calibration_views(key: Array, video: Array, identity: Identity, pose: Array) -> tuple[Array, Array, Array, Array]:
+def _calibration_views(
+    key: Array, video: Array, identity: Identity, pose: Array
+) -> tuple[Array, Array, Array, Array]:
     video = degrade(key, video)
     return _coarse(video), *_views(video, identity, pose)
 
@@ -144,7 +150,7 @@ class _Linear:
     bias: Floats
 
     @classmethod
-    def fit(cls, pictures: Floats, targets: Floats) -> _Linear:
+    def fit(cls, pictures: ArrayLike, targets: ArrayLike) -> _Linear:
         x, y = np.asarray(pictures, np.float64), np.asarray(targets, np.float64)
         mean, bias = x.mean(axis=0), y.mean(axis=0)
         x = x - mean
@@ -152,8 +158,8 @@ class _Linear:
         dual = np.linalg.solve(gram + RIDGE * np.trace(gram) * np.eye(len(x)), y - bias)
         return cls(mean.astype(np.float32), (x.T @ dual).astype(np.float32), bias.astype(np.float32))
 
-    def __call__(self, pictures: Floats) -> Floats:
-        return (np.asarray(pictures) - self.mean) @ self.weight + self.bias
+    def __call__(self, pictures: ArrayLike) -> Floats:
+        return (np.asarray(pictures, np.float32) - self.mean) @ self.weight + self.bias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,22 +181,23 @@ class FaceProbe:
         noise = np.random.default_rng(seed).standard_normal((count, 3)) * POSE_ERROR
         # Half of the pictures are seen with the error of the first estimate, half with a small one.
         noise[::2] *= 0.2
-        coarse, head, mouth, eyes = [], [], [], []
+        seen: list[list[Floats]] = [[], [], [], []]  # coarse pictures, heads, mouths, eyes
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
             pictures = _draw(identity, jax.tree.map(lambda field, part=part: field[part], motion), size)
             pose = jnp.asarray(truth[part] + noise[part], jnp.float32)
             views = _calibration_views(jax.random.fold_in(keys[1], start), pictures, identity, pose)
-            for collected, view in zip((coarse, head, mouth, eyes), views, strict=True):
+            for collected, view in zip(seen, views, strict=True):
                 collected.append(np.asarray(view))
+        coarse, head, mouth, eyes = (np.concatenate(views) for views in seen)
         small = np.arange(count) % 2 == 0
         expression = np.stack([motion.mouth_open, motion.smile], axis=1)
         return cls(
             identity=identity,
-            find=_Linear.fit(np.concatenate(coarse), truth),
-            refine=_Linear.fit(np.concatenate(head), -noise),
-            mouth=_Linear.fit(np.concatenate(mouth)[small], expression[small]),
-            lids=_Linear.fit(np.concatenate(eyes)[small], np.asarray(motion.blink)[small, None]),
+            find=_Linear.fit(coarse, truth),
+            refine=_Linear.fit(head, -noise),
+            mouth=_Linear.fit(mouth[small], expression[small]),
+            lids=_Linear.fit(eyes[small], np.asarray(motion.blink)[small, None]),
         )
 
     def measure(self, video: Floats) -> Reading:
@@ -198,13 +205,17 @@ class FaceProbe:
         parts = []
         for start in range(0, len(video), CHUNK):
             part = jnp.asarray(video[start : start + CHUNK])
-            padded = jnp.pad(part, ((0, CHUNK - len(part)), (0, 0), (0, 0), (0, 0)))  # one shape: compiled once
+            padded = jnp.pad(
+                part, ((0, CHUNK - len(part)), (0, 0), (0, 0), (0, 0))
+            )  # one shape: compiled once
             pose = self.find(np.asarray(_coarse(padded)))
             for _ in range(REFINEMENTS):
                 head, _, _ = _views(padded, self.identity, jnp.asarray(pose))
                 pose = pose + self.refine(np.asarray(head))
             _, mouth, eyes = _views(padded, self.identity, jnp.asarray(pose))
-            numbers = np.concatenate([self.mouth(np.asarray(mouth)), self.lids(np.asarray(eyes)), pose], axis=1)
+            numbers = np.concatenate(
+                [self.mouth(np.asarray(mouth)), self.lids(np.asarray(eyes)), pose], axis=1
+            )
             parts.append(numbers[: len(part)])
         opening, smile, blink, x, y, roll = np.concatenate(parts).astype(np.float32).T
         return Reading(mouth_open=opening, smile=smile, blink=blink, head_x=x, head_y=y, roll=roll)

@@ -20,10 +20,12 @@ def to_uint8(video: ArrayLike) -> NDArray[np.uint8]:
 
 
 def contact_sheet(rows: Sequence[tuple[str, ArrayLike]], *, scale: int = 1) -> Image.Image:
-    """Draws rows of (label, pictures [N, H, W, 3] in [-1, 1]) below each other; an empty label takes no room."""
+    """Draws rows of (label, pictures [N, H, W, 3] in [-1, 1]); an empty label takes no room."""
     images = [(label, to_uint8(pictures)) for label, pictures in rows]
     width = max(sum(p.shape[1] * scale + GAP for p in pictures) for _, pictures in images)
-    height = sum(pictures.shape[1] * scale + GAP + (LABEL_HEIGHT if label else 0) for label, pictures in images)
+    height = sum(
+        pictures.shape[1] * scale + GAP + (LABEL_HEIGHT if label else 0) for label, pictures in images
+    )
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     y = 0

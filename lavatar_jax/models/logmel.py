@@ -1,7 +1,7 @@
 """Log-mel audio features with the interface of wav2vec2's hidden states: [layers, dim, video frames].
 
-The small model listens to these instead of a pretrained speech encoder. All constants are fixed, so that streaming
-gives exactly the features of the whole recording.
+The small model listens to these instead of a pretrained speech encoder. All constants are fixed, so that
+streaming gives exactly the features of the whole recording.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-# Round numbers near the mean (-4.5) and deviation (1.6) of the log10 band powers of an hour of speech, pauses included.
+# Near the mean (-4.5) and deviation (1.6) of the log10 band powers of an hour of speech with pauses.
 BAND_MEAN = -4.0
 BAND_STD = 1.6
 
@@ -23,8 +23,8 @@ BAND_STD = 1.6
 class LogMelConfig:
     """How audio becomes features of video frames.
 
-    A video frame has `hops_per_frame` mel columns, averaged to `pooled`; its feature vector is those of the frames
-    from `past` before to `lookahead` after it, oldest first.
+    A video frame has `hops_per_frame` mel columns, averaged to `pooled`; its feature vector is those of the
+    frames from `past` before to `lookahead` after it, oldest first.
     """
 
     bands: int = 24
@@ -71,8 +71,9 @@ def mel_filters(config: LogMelConfig) -> Floats:
 def band_powers(frames: Floats, config: LogMelConfig) -> Floats:
     """Mel band powers [T, hops, bands] of complete frames.
 
-    `frames` [window - hop + T * samples_per_frame] begins with the last samples before the first frame. Each video
-    frame is computed by itself, in the same shapes, so that results do not depend on how many come at once.
+    `frames` [window - hop + T * samples_per_frame] begins with the last samples before the first frame. Each
+    video frame is computed by itself, in the same shapes, so that results do not depend on how many come at
+    once.
     """
     lead, step = config.window - config.hop, config.samples_per_frame
     count = (len(frames) - lead) // step
@@ -111,8 +112,8 @@ class LogMelStream:
     def push(self, samples: Floats) -> Floats:
         """Takes mono samples [n] at 16 kHz; returns the features [1, dim, frames] of the frames now complete.
 
-        Frame j is complete when the samples of frame j + lookahead have arrived. NaN and infinite samples count as
-        silence.
+        Frame j is complete when the samples of frame j + lookahead have arrived. NaN and infinite samples
+        count as silence.
         """
         config = self.config
         samples = np.nan_to_num(np.asarray(samples, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
