@@ -99,7 +99,6 @@ class Generate:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} {value}: give a number from {low} to {high}")
-
         if self.devices > 1:
             raise UserError(f"--devices {self.devices}: generate uses one device so far; leave it out")
 
