@@ -159,7 +159,8 @@ class _Linear:
         return cls(mean.astype(np.float32), (x.T @ dual).astype(np.float32), bias.astype(np.float32))
 
     def __call__(self, pictures: ArrayLike) -> Floats:
-        return (np.asarray(pictures, np.float32) - self.mean) @ self.weight + self.bias
+        centred = np.asarray(pictures, np.float32) - self.mean
+        return np.asarray(centred @ self.weight + self.bias, np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def picture(index, motion):
 def with_fields(frames=1, **fields):
     motion = neutral_motion(frames)
     return type(motion)(
-        **{**vars(motion), **{name: jnp.full(frames, value) for name, value in fields.items()}}
+        **{**vars(motion), **{name: jnp.full(frames, value, jnp.float32) for name, value in fields.items()}}
     )
 
 
