@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lora": ("config",),
     "diffusion": ("config",),
     "models": ("types", "config", "errors", "parallel", "quant", "lora"),
-    "data": ("types", "config", "errors", "models.logmel"),
+    "data": ("types", "config", "errors", "models.logmel", "models.speech_level"),
     "evaluation": ("types", "config", "errors", "data"),
     "checkpoints": ("types", "config", "errors", "models", "lora", "quant", "parallel"),
     "inference": (

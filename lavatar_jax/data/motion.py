@@ -65,7 +65,7 @@ def mouth_from_speech(samples: Floats) -> tuple[Floats, Floats]:
     frames.
 
     Args:
-        samples: mono speech [n] at 16 kHz, at about the usual level (`speech.normalise_level`).
+        samples: mono speech [n] at 16 kHz, at about the usual level (`models.speech_level`).
     """
     step = MEL.samples_per_frame
     count = -(-len(samples) // step)

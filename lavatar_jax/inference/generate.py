@@ -63,6 +63,7 @@ class Generate:
         # Imported only now: finding a mistake takes less time than importing jax.
         from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
         from lavatar_jax.inference.talk import photo_conditions, talk
+        from lavatar_jax.models.speech_level import normalise_level
 
         config = load_config(model_folder(self.model))
         if self.pose and not config.dit.use_pose:
@@ -73,7 +74,8 @@ class Generate:
         avatar = load_model_folder(self.model)
         conditions = photo_conditions(avatar, image, self.prompt, sampling)
         pose = (frame[None] for frame in read_frames(self.pose)) if self.pose else None
-        blocks = talk(avatar, conditions, sound.samples, seed=self.seed, sampling=sampling, pose=pose)
+        samples = normalise_level(sound.samples)
+        blocks = talk(avatar, conditions, samples, seed=self.seed, sampling=sampling, pose=pose)
         fps = config.fps
         total = -(-len(sound.samples) * fps // SAMPLE_RATE)
         sheet = ContactSheet(total)

@@ -8,14 +8,13 @@ from lavatar_jax.data.speech import (
     HELDOUT_VOICES,
     TRAINING_VOICES,
     Voice,
-    normalise_level,
     read_wav,
     recording,
-    speech_level_db,
     synthesize,
     write_wav,
 )  # fmt: skip
 from lavatar_jax.errors import UserError
+from lavatar_jax.models.speech_level import normalise_level, speech_level_db
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 ESPEAK = Voice(program="espeak-ng", name="en-us+m1")
