@@ -2,8 +2,8 @@
 
     python tools/evaluate_tiny.py --speech FOLDER [--out runs/evaluation] [--clips 12] [--drift-seconds 600]
 
-Writes report.md (the table), report.json, sheet.png (photo, generated, truth), talk.mp4 into --out; exits with 1
-if a bar is missed. The held-out recordings are made on the first run (espeak-ng and flite must be installed).
+Writes report.md (the table), report.json, sheet.png (photo, generated, truth) and talk.mp4 to --out, and
+exits with 1 if a bar is missed. The first run makes the held-out recordings (with espeak-ng and flite).
 The probe is qualified on the true pictures first; what it says of generated ones is worth that much.
 """
 

@@ -32,7 +32,7 @@ class Generate:
     """Photo of the person: PNG, JPEG, WebP, ..."""
     audio: Annotated[Path, arg(metavar="AUDIO")] = SAMPLES / "voice.flac"
     """What they say: WAV, MP3, FLAC, OGG, M4A, ..."""
-    prompt: Annotated[str, arg(metavar="TEXT")] = ""
+    prompt: Annotated[str, arg(metavar="TEXT")] = "a person talking"
     """How they look and behave."""
     pose: Annotated[Path | None, arg(metavar="VIDEO")] = None
     """Video of poses to follow, for models trained with poses."""
