@@ -58,6 +58,7 @@ class ClipDecoder:
         video = _clip(self.vae, self.motion, clip_BFHWC, frames=frames)[:, self._drop :]
         self._drop = 0
         overlap = min(self._overlap, video.shape[1])
-        self.history = jnp.concatenate([self.history[:, overlap:], video[:, -overlap:]], axis=1)
+        history = jnp.concatenate([self.history, video[:, -overlap:]], axis=1)
+        self.history = history[:, -self.history.shape[1] :]
         self.motion = encode(self.vae, self.history)
         return video
