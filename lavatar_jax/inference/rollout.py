@@ -45,6 +45,9 @@ class Block:
     rings: Rings
 
 
+_normal = jax.jit(jax.random.normal, static_argnums=1)  # (key, shape)
+
+
 class Draws:
     """The random numbers of a rollout, by absolute block index: the same seed gives the same video."""
 
@@ -52,7 +55,6 @@ class Draws:
         self.sampling, self.shape = sampling, shape
         self._key = jax.random.key(seed)
         self._seed = seed
-        self._normal = jax.jit(lambda key: jax.random.normal(key, shape))
 
     def _block_key(self, block: int, purpose: int) -> Array:
         high, low = divmod(block, 2**32)
@@ -61,11 +63,11 @@ class Draws:
 
     def noise(self, block: int) -> Array:
         """Start noise of a block, [B, F, H, W, C]."""
-        return self._normal(self._block_key(block, 0))
+        return _normal(self._block_key(block, 0), self.shape)
 
     def history_noise(self, block: int) -> Array | None:
         """Noise of the extra pass, for fixed-noise history."""
-        return self._normal(self._block_key(block, 1)) if self.sampling.history == "fixed_noise" else None
+        return _normal(self._block_key(block, 1), self.shape) if self.sampling.history == "fixed_noise" else None
 
     def distances(self, block: int) -> list[int]:
         """How far the sink keeps ahead, for each forward of the block."""
