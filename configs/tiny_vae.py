@@ -1,4 +1,4 @@
-"""Stage 0 of the small model: a Wan 2.2 VAE at small width, 128 x 128 pixels -> 8 x 8 x 48 per 4 frames."""
+"""Stage 0 of the small model: a Wan 2.2 VAE at small width, 128 x 128 pixels -> 16 x 16 x 16 per 4 frames."""
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig
@@ -10,16 +10,17 @@ def get_config() -> VAERun:
     return VAERun(
         model=VAEConfig(
             kind="wan22",
-            width=48,
-            multipliers=(1, 2, 2),
+            width=16,
+            decoder_width=24,
+            multipliers=(1, 2, 4),
             res_blocks=1,
             temporal_downsample=(True, True),
-            latent_channels=48,
-            patch=4,
-            latent_mean=(0.0,) * 48,
-            latent_std=(1.0,) * 48,
+            latent_channels=16,
+            patch=2,
+            latent_mean=(0.0,) * 16,
+            latent_std=(1.0,) * 16,
         ),
         data=ClipsConfig(),
-        loss=VAELossConfig(kl=2e-4, latent_noise=0.05),
-        train=LoopConfig(seconds=1800, learning_rate=2e-3, batch=12, ema_decay=0.995, checkpoint_seconds=120),
+        loss=VAELossConfig(kl=4e-4, latent_noise=0.05),
+        train=LoopConfig(seconds=1800, learning_rate=4e-3, batch=4, ema_decay=0.995, checkpoint_seconds=120),
     )

@@ -23,9 +23,9 @@ WEIGHT_STRIDE = 4
 class ClipsConfig:
     """Rendered clips and how batches are cut from them.
 
-    A batch is either `crops` windows of `crop_size` pixels or `full` whole pictures; the two kinds
-    alternate at random. Crops show the network more people for the same cost, whole pictures teach it
-    the border and the attention at native size.
+    A batch is either `crops` short windows of `crop_size` pixels or `full` whole clips; the two kinds
+    alternate at random. Crops show the network more people for the same cost, whole clips teach it the
+    border, the attention at native size and a longer history. Small batches and many steps learn fastest.
     """
 
     folder: str = "runs/clips"
@@ -33,9 +33,10 @@ class ClipsConfig:
     frames: int = 9  # 1 + 4k
     size: int = 128
     crop_size: int = 64
-    crops: int = 12
-    full: int = 3
-    full_share: float = 0.5  # of the batches
+    crop_frames: int = 5  # 1 + 4k
+    crops: int = 4
+    full: int = 1
+    full_share: float = 0.3  # of the batches
     seed: int = 0
 
 
@@ -94,9 +95,12 @@ class ClipSource:
         return {"video": self.video[index], "weight": self.weight[index]}
 
 
-def random_crop(clip: dict[str, np.ndarray], rng: np.random.Generator, *, size: int) -> dict[str, np.ndarray]:
+def random_crop(
+    clip: dict[str, np.ndarray], rng: np.random.Generator, *, size: int, frames: int
+) -> dict[str, np.ndarray]:
     """A window at a multiple of 4 pixels; three times in four centred near a pixel of high loss weight."""
-    video, weight = clip["video"], clip["weight"]
+    first = rng.integers(0, len(clip["video"]) - frames + 1)
+    video, weight = (clip[name][first : first + frames] for name in ("video", "weight"))
     limit = (video.shape[1] - size) // WEIGHT_STRIDE
     if rng.random() < 0.75:
         rows, columns = np.nonzero(weight[0] > 1.5 / WEIGHT_STEP)
@@ -118,14 +122,14 @@ def clip_batches(config: ClipsConfig) -> grain.DatasetIterator:
     """Endless batches `{"video": uint8 [B, T, H, W, 3], "weight": uint8 [B, T, H/4, W/4]}` of both kinds."""
     source = ClipSource(config.folder)
 
-    def stream(size: int, batch: int, seed: int) -> grain.IterDataset:
-        crop = functools.partial(random_crop, size=size)
-        clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        return clips.random_map(crop).batch(batch).to_iter_dataset()
+    def stream(size: int, frames: int, batch: int, seed: int) -> grain.IterDataset:
+        crop = functools.partial(random_crop, size=size, frames=frames)
+        clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat(1_000_000)
+        return clips.random_map(crop).to_iter_dataset().batch(batch)
 
     kinds = [
-        (stream(config.crop_size, config.crops, config.seed), 1.0 - config.full_share),
-        (stream(config.size, config.full, config.seed + 1), config.full_share),
+        (stream(config.crop_size, config.crop_frames, config.crops, config.seed), 1.0 - config.full_share),
+        (stream(config.size, config.frames, config.full, config.seed + 1), config.full_share),
     ]
     kinds = [(dataset, share) for dataset, share in kinds if share > 0]
     return iter(grain.IterDataset.mix([k for k, _ in kinds], weights=[share for _, share in kinds]))

@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from lavatar_jax.checkpoints.convert import param_paths
 
 Params = dict[str, jax.Array]
 Model = TypeVar("Model")
@@ -31,35 +34,30 @@ class TrainState:
     key: jax.Array  # uint32 key data
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Dotted name of a leaf. A Variable's own key (`.value`) is left out: it names no module."""
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
-    return ".".join(part for part in parts if part not in ("value", "raw_value", "_raw_value"))
-
-
 def split_model(model: Model) -> tuple[Params, Callable[[Params], Model]]:
     """Take a module apart into named arrays; the second result puts it together again."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    names = [leaf_name(path) for path, _ in leaves]
-    if len(set(names)) != len(names):
-        raise ValueError("two parameters of the model have the same name")
+    leaves = param_paths(model)
+    structure = jax.tree.structure(model)
 
     def merge(params: Params) -> Model:
-        return jax.tree_util.tree_unflatten(structure, [params[name] for name in names])
+        return jax.tree_util.tree_unflatten(structure, [params[name] for name in leaves])
 
-    return dict(zip(names, [leaf for _, leaf in leaves], strict=True)), merge
+    return leaves, merge
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. `average` starts as a copy: donated buffers must not be shared."""
-    return TrainState(
+    """The state before the first step."""
+    state = TrainState(
         params=params,
-        average=jax.tree.map(jnp.copy, params),
+        average=params,
         optimizer=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
         seconds=jnp.zeros((), jnp.float32),
         key=jax.random.key_data(jax.random.key(seed)),
     )
+    # Copies, because donated buffers must not be shared; by way of numpy, which has no weak types: with them
+    # the second step would be compiled anew.
+    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
 
 
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

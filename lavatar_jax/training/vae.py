@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,9 +20,19 @@ from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
 
 
+
+# Luminance, red against blue, green against magenta (columns). The last is a small part of the variance of RGB,
+# and a VAE that starts without it may not find it in a thousand steps: green walls come out grey. So the loss
+# looks at it (`VAELossConfig.colour`) and the first convolution hears it louder (`gentle_start`).
+OPPONENT = np.array([[1.0, 1.0, 1.0], [1.5, 0.0, -1.5], [-1.5, 3.0, -1.5]], np.float32).T / 3.0
+OPPONENT_GAIN = (1.0, 2.0, 5.0)  # about the inverse of their deviations in pictures
+COLOUR_CELL = 8  # pixels
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
     gradient: float = 0.5  # L1 of differences between neighbouring pixels: sharp edges
+    colour: float = 1.0  # L1 of opponent colours of 8 x 8 pixel means
     temporal: float = 0.5  # L1 of differences between neighbouring frames: blinks, lips, no flicker
     kl: float = 1e-4  # per latent element, relative to the mean over pixels
     latent_noise: float = 0.0  # of the decoder's input, in standard deviations of each channel
@@ -56,9 +67,14 @@ def reconstruction_loss(
     down = weighted_mean(jnp.abs(error[:, :, 1:] - error[:, :, :-1]), weight[:, :, 1:])
     right = weighted_mean(jnp.abs(error[:, :, :, 1:] - error[:, :, :, :-1]), weight[:, :, :, 1:])
     later = weighted_mean(jnp.abs(error[:, 1:] - error[:, :-1]), weight[:, 1:])
-    loss = pixel + config.gradient * (down + right) + config.temporal * later
+    batch, frames, height, width, _ = error.shape
+    cells = error.reshape(
+        batch, frames, height // COLOUR_CELL, COLOUR_CELL, width // COLOUR_CELL, COLOUR_CELL, 3
+    )
+    colour = jnp.mean(jnp.abs(cells.mean(axis=(3, 5)) @ OPPONENT))
+    loss = pixel + config.gradient * (down + right) + config.temporal * later + config.colour * colour
     psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(0.5 * error)))
-    return loss, {"l1": pixel, "temporal_l1": later, "psnr": psnr}
+    return loss, {"l1": pixel, "temporal_l1": later, "colour": colour, "psnr": psnr}
 
 
 def make_loss(merge, config: VAELossConfig) -> LossFn:
@@ -82,15 +98,41 @@ def make_loss(merge, config: VAELossConfig) -> LossFn:
     return loss_fn
 
 
-def train_vae(config: VAERun) -> TrainState:
-    """Render the clips if needed, then train (or go on with) the VAE of `config.out`."""
+def gentle_start(params: Params, latent_channels: int, key: Array) -> Params:
+    """Change fresh weights so that training starts fast.
+
+    Residual branches start small: the parameter-free shortcuts carry the picture from the first step. The
+    first biases are not zero, since an RMS norm of the signal alone would forget how bright it is. The first
+    convolution sees colours of equal variance. Latents start with little noise (log variance -6).
+    """
+    axes = OPPONENT / np.linalg.norm(OPPONENT, axis=0)
+    equalise = jnp.asarray(axes * OPPONENT_GAIN @ axes.T)  # [colour, colour]
+
+    def change(index: int, name: str, value: Array) -> Array:
+        if name.endswith("conv_in.bias"):
+            return 0.4 * jax.random.normal(jax.random.fold_in(key, index), value.shape)
+        if name == "encoder.conv_in.weight":  # input channels are (colour, column, row)
+            by_colour = value.reshape(*value.shape[:3], 3, -1, value.shape[-1])
+            return jnp.einsum("dc,tijcpo->tijdpo", equalise, by_colour).reshape(value.shape)
+        if name.endswith("outer.conv.weight"):
+            return 0.3 * value
+        if name == "quant.weight":
+            return value.at[:, latent_channels:].multiply(0.1)
+        if name == "quant.bias":
+            return value.at[latent_channels:].set(-6.0)
+        return value
+
+    return {name: change(index, name, value) for index, (name, value) in enumerate(params.items())}
+
+
+def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
+    """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`."""
     render_clips(config.data)
     params, merge = split_model(make_vae(config.model, rngs=nnx.Rngs(config.train.seed)))
+    params = gentle_start(params, config.model.latent_channels, jax.random.key(config.train.seed))
     if config.init:
         params = {name: jnp.asarray(value) for name, value in read_average(Path(config.init)).items()}
     optimizer = make_optimizer(params, weight_decay=config.train.weight_decay)
     step_fn = make_train_step(make_loss(merge, config.loss), optimizer, config.train.ema_decay)
-    return fit(
-        step_fn, create_state(params, optimizer, config.train.seed), clip_batches(config.data), config.train,
-        Path(config.out),
-    )  # fmt: skip
+    state = create_state(params, optimizer, config.train.seed)
+    return fit(step_fn, state, clip_batches(config.data), config.train, Path(config.out), stop_at=stop_at)

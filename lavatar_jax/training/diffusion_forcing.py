@@ -1,0 +1,150 @@
+"""Stage 1: diffusion forcing of the causal DiT (method section 4): every block has its own noise level."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.dit_forward import block_causal_mask, train_forward, train_rope
+from lavatar_jax.training.latents import LatentsConfig, LatentSource, latent_batches, prepare_latents
+from lavatar_jax.training.loop import LoopConfig, fit
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
+
+STACKED = ("blocks", "injectors")  # modules whose parameters have a leading layer axis
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForcingConfig:
+    """How noise levels, conditions and weights are drawn. Shares are probabilities."""
+
+    shift: float = 3.0  # of noise levels towards 1
+    clean_clips: float = 0.4  # share of the clips with nearly clean blocks in between
+    clean_blocks: float = 0.5  # share of the blocks of such a clip
+    clean_sigma: float = 0.05  # a nearly clean block's highest noise level
+    same_level_clips: float = 0.3  # share with one level for all blocks, as the streaming cache has it
+    sink_dropout: float = 0.1  # share of the steps without the reference
+    other_reference: float = 0.25  # share with a latent frame of the clip instead of the photo's
+    reference_noise: float = 0.1  # highest noise level of the reference, which may be a generated latent
+    reference_frames: tuple[int, int] = (24, 36)  # range of the reference's temporal position
+    audio_dropout: float = 0.0
+    text_dropout: float = 0.1
+    mouth_weight: float = 3.0  # loss weight where the mouth is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTRun:
+    """Everything that `train.py` can set for stage 1."""
+
+    out: str = "runs/dit"
+    init: str | None = None  # another DiT run whose averaged weights to start from
+    model: DiTConfig
+    data: LatentsConfig
+    loss: ForcingConfig
+    train: LoopConfig
+
+
+def draw_sigmas(key: Array, batch: int, blocks: int, config: ForcingConfig) -> Float[Array, "B K"]:
+    """Noise level of every block: independent; equal in some clips; in others with nearly clean blocks."""
+    level, kind, which, clean, same = jax.random.split(key, 5)
+    sigma = jax.random.uniform(level, (batch, blocks))
+    kind = jax.random.uniform(kind, (batch, 1))
+    one = jax.random.uniform(same, (batch, 1))
+    sigma = shift_sigma(jnp.where(kind < config.same_level_clips, one, sigma), config.shift)
+    has_clean = kind > 1.0 - config.clean_clips
+    cleaned = jax.random.uniform(which, sigma.shape) < config.clean_blocks
+    return jnp.where(has_clean & cleaned, config.clean_sigma * jax.random.uniform(clean, sigma.shape), sigma)
+
+
+def draw_reference(
+    key: Array, photo: Float[Array, "B 1 H W C"], clip: Float[Array, "B F H W C"], config: ForcingConfig
+) -> Float[Array, "B 1 H W C"]:
+    """The photo's latent, or one frame of the clip (what the adaptive sink makes of it), slightly noised."""
+    choice, index, level, noise = jax.random.split(key, 4)
+    batch, frames = clip.shape[:2]
+    picked = jax.random.randint(index, (batch,), 0, frames)
+    frame = clip[jnp.arange(batch), picked][:, None]
+    other = jax.random.uniform(choice, (batch, 1, 1, 1, 1)) < config.other_reference
+    reference = jnp.where(other, frame, photo)
+    sigma = config.reference_noise * jax.random.uniform(level, (batch,))
+    return add_noise(reference, jax.random.normal(noise, reference.shape), sigma)
+
+
+def drop(key: Array, condition: Array, share: float) -> Array:
+    """Set a condition [B, ...] to zero for a share of the batch."""
+    keep = jax.random.uniform(key, (condition.shape[0],)) >= share
+    return condition * keep.reshape(-1, *(1,) * (condition.ndim - 1))
+
+
+def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int]) -> LossFn:
+    """`loss(params, batch, key)` of `make_train_step`, for batches of `latent_batches`.
+
+    `latent_size`: latent frames, rows and columns of a clip. Flow-matching loss on all blocks at once.
+    """
+    frames, height, width = latent_size
+    low, high = config.reference_frames
+    tables = [train_rope(model, *latent_size, ref_frame=frame) for frame in range(low, high + 1)]
+    ropes = jax.tree.map(lambda *parts: jnp.stack(parts), *tables)
+    tokens = (height // model.patch) * (width // model.patch)
+    mask = block_causal_mask(frames, tokens, tokens, model.block_frames)
+    noisy = frames * tokens
+    reference_column = np.zeros_like(mask)
+    reference_column[:noisy, noisy:] = True
+
+    def loss_fn(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        dit: CausalDiT = merge(params)
+        keys = jax.random.split(key, 8)
+        x0 = batch["latent"].astype(jnp.float32)
+        photo = batch["reference"].astype(jnp.float32)
+        blocks = frames // model.block_frames
+        sigma = draw_sigmas(keys[0], x0.shape[0], blocks, config)
+        sigma_BF = jnp.repeat(sigma, model.block_frames, axis=1)
+        noise = jax.random.normal(keys[1], x0.shape)
+        position = jax.random.randint(keys[2], (), 0, len(tables))
+        rope = jax.tree.map(lambda table: table[position], ropes)
+        no_sink = jax.random.uniform(keys[3]) < config.sink_dropout
+        flow = train_forward(
+            dit,
+            add_noise(x0, noise, sigma_BF),
+            TIMESTEPS * sigma_BF,
+            text_BSE=drop(keys[4], batch["text"], config.text_dropout),
+            audio=drop(keys[5], batch["audio"].astype(jnp.float32), config.audio_dropout),
+            ref_B1HWC=draw_reference(keys[6], photo, x0, config),
+            rope=rope,
+            blockwise_audio=True,
+            mask=jnp.asarray(mask) & ~(no_sink & reference_column),
+        )
+        error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]
+        mouth = batch["mouth"].astype(jnp.float32)[:, None]  # [B, 1, H, W] in [0, 1]
+        weight = jnp.broadcast_to(1.0 + (config.mouth_weight - 1.0) * mouth, error.shape)
+        loss = jnp.sum(error * weight) / jnp.sum(weight)
+        at_mouth = jnp.sum(error * mouth) / (frames * jnp.sum(mouth))
+        return loss, {"flow": jnp.mean(error), "mouth": at_mouth}
+
+    return loss_fn
+
+
+def train_dit(config: DiTRun) -> TrainState:
+    """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
+    prepare_latents(config.data)
+    source = LatentSource(config.data)
+    batches = latent_batches(source, batch=config.train.batch, seed=config.train.seed)
+    latent_size = source.arrays["latent"].shape[1:4]
+    params, merge = split_model(CausalDiT(config.model, rngs=nnx.Rngs(config.train.seed)))
+    if config.init:
+        params = {name: jnp.asarray(value) for name, value in read_average(Path(config.init)).items()}
+    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=config.train.weight_decay)
+    loss_fn = make_loss(merge, config.model, config.loss, latent_size)
+    step_fn = make_train_step(loss_fn, optimizer, config.train.ema_decay)
+    state = create_state(params, optimizer, config.train.seed)
+    return fit(step_fn, state, batches, config.train, Path(config.out))

@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.data.motion import MANNERS
+from lavatar_jax.errors import UserError
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training.diffusion_forcing import (
+    STACKED,
+    DiTRun,
+    ForcingConfig,
+    draw_reference,
+    draw_sigmas,
+    make_loss,
+    train_dit,
+)
+from lavatar_jax.training.latents import LatentsConfig, LatentSource, latent_batches, latent_statistics
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.state import create_state, make_train_step, split_model
+
+MODEL = DiTConfig(
+    layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
+    audio_dim=6, audio_layers=1, audio_tokens=2, inject_layers=(0,), block_frames=1, use_motion=False,
+    use_pose=False,
+)  # fmt: skip
+SIZE = (3, 4, 4)  # latent frames, rows, columns
+CLIPS = 6
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> LatentsConfig:
+    """Encoded clips without an encoder: smooth random numbers of the right shapes."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    photo = 3.0 + 2.0 * random.normal(size=(CLIPS, 1, *SIZE[1:], 4))
+    arrays = {
+        "latent": np.repeat(photo, SIZE[0], axis=1).astype(np.float16),
+        "photo": photo.astype(np.float16),
+        "spread": np.full((CLIPS, 4), 0.1, np.float16),
+        "audio": random.normal(size=(CLIPS, 1, 6, 4 * SIZE[0])).astype(np.float16),
+        "mouth": np.full((CLIPS, *SIZE[1:]), 255, np.uint8),
+        "manner": np.arange(CLIPS).astype(np.uint8) % len(MANNERS),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    mean, std = latent_statistics(folder)
+    (folder / "statistics.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+    return LatentsConfig(folder=str(folder), clips=CLIPS, text_len=3, text_dim=4)
+
+
+def test_batches_are_normalised_and_of_the_shapes_that_the_loss_takes(data: LatentsConfig):
+    source = LatentSource(data)
+    everything = np.stack([source[i]["latent"] for i in range(CLIPS)])
+    assert np.abs(everything.mean(axis=(0, 1, 2, 3))).max() < 1e-2
+    assert np.abs(everything.std(axis=(0, 1, 2, 3)) - 1).max() < 2e-2
+    batch = next(latent_batches(source, batch=2, seed=0))
+    assert {name: value.shape for name, value in batch.items()} == {
+        "latent": (2, 3, 4, 4, 4),
+        "reference": (2, 1, 4, 4, 4),
+        "audio": (2, 1, 1, 6, 12),
+        "mouth": (2, 4, 4),
+        "text": (2, 3, 4),
+    }
+
+
+def test_a_channel_without_content_is_not_blown_up(tmp_path: Path):
+    np.save(tmp_path / "latent.npy", np.zeros((2, 3, 4, 4, 1), np.float16))
+    np.save(tmp_path / "spread.npy", np.ones((2, 1), np.float16))
+    assert latent_statistics(tmp_path)[1] == pytest.approx(1.0)
+
+
+def test_noise_levels_are_of_the_three_kinds():
+    config = ForcingConfig(same_level_clips=0.25, clean_clips=0.25, clean_blocks=1.0, clean_sigma=0.05)
+    sigma = np.asarray(draw_sigmas(jax.random.key(0), 4000, 4, config))
+    assert sigma.min() >= 0
+    assert sigma.max() <= 1
+    same = np.ptp(sigma, axis=1) == 0
+    clean = (sigma <= 0.05).all(axis=1) & ~same
+    assert abs(same.mean() - 0.25) < 0.03
+    assert abs(clean.mean() - 0.25) < 0.03
+    # Independent levels, shifted towards noise: the median of 3 u / (1 + 2 u) is 0.75.
+    assert abs(np.median(sigma[~same & ~clean]) - 0.75) < 0.02
+
+
+def test_the_reference_is_the_photo_or_a_frame_of_the_clip():
+    photo = jnp.zeros((400, 1, 2, 2, 1))
+    clip = jnp.broadcast_to(jnp.array([1.0, 2.0])[:, None, None, None], (400, 2, 2, 2, 1))
+    config = ForcingConfig(other_reference=0.25, reference_noise=0.0)
+    drawn = np.asarray(draw_reference(jax.random.key(0), photo, clip, config))[:, 0, 0, 0, 0]
+    shares = [float(np.mean(drawn == value)) for value in (0, 1, 2)]
+    np.testing.assert_allclose(shares, [0.75, 0.125, 0.125], atol=0.06)
+
+
+def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
+    batch = next(latent_batches(LatentSource(data), batch=4, seed=0))
+    params, merge = split_model(jax.jit(lambda: CausalDiT(MODEL, rngs=nnx.Rngs(0)))())
+    optimizer = make_optimizer(params, stacked=STACKED)
+    step = make_train_step(make_loss(merge, MODEL, ForcingConfig(), SIZE), optimizer, 0.9)
+    state, losses = create_state(params, optimizer, 0), []
+    for _ in range(60):
+        state, metrics = step(state, batch, jnp.float32(0.02))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_missing_latents_are_a_clear_error(tmp_path: Path):
+    with pytest.raises(UserError, match="no encoded clips"):
+        LatentSource(LatentsConfig(folder=str(tmp_path)))
+
+
+def test_training_without_a_vae_is_a_clear_error(tmp_path: Path):
+    run = DiTRun(
+        out=str(tmp_path / "dit"),
+        model=MODEL,
+        data=LatentsConfig(folder=str(tmp_path / "latents"), vae=str(tmp_path / "vae")),
+        loss=ForcingConfig(),
+        train=LoopConfig(steps=1),
+    )
+    with pytest.raises(UserError, match="train stage 0 first"):
+        train_dit(run)

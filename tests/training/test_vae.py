@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lavatar_jax.config import VAEConfig
+from lavatar_jax.data.clips import ClipsConfig, clip_batches
+from lavatar_jax.models.vae import make_vae
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.state import create_state, make_train_step, split_model
+from lavatar_jax.training.vae import (
+    VAELossConfig,
+    VAERun,
+    gentle_start,
+    make_loss,
+    reconstruction_loss,
+    train_vae,
+)
+
+MODEL = VAEConfig(
+    kind="wan22", width=8, multipliers=(1, 2), temporal_downsample=(True,), res_blocks=1, patch=4,
+    latent_channels=8, latent_mean=(0.0,) * 8, latent_std=(1.0,) * 8,
+)  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ClipsConfig:
+    """Clips without a renderer: a bright square that moves over a gradient."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    video = np.zeros((6, 5, 32, 32, 3), np.uint8)
+    video[:] = np.linspace(20, 160, 32, dtype=np.uint8)[:, None, None]
+    weight = np.full((6, 5, 8, 8), 16, np.uint8)
+    for clip in range(6):
+        for frame in range(5):
+            top = 3 * clip + frame
+            video[clip, frame, top : top + 8, 8:16] = (250, 200, 40)
+            weight[clip, frame, top // 4 : top // 4 + 2, 2:4] = 64
+    np.save(folder / "video.npy", video)
+    np.save(folder / "weight.npy", weight)
+    (folder / "done.txt").write_text("6")
+    return ClipsConfig(
+        folder=str(folder), clips=6, frames=5, size=32, crop_size=16, crop_frames=3, crops=4, full=2
+    )
+
+
+def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
+    batches = clip_batches(data)
+    shapes = {next(batches)["video"].shape for _ in range(12)}
+    assert shapes == {(4, 3, 16, 16, 3), (2, 5, 32, 32, 3)}
+
+
+def test_the_loss_falls_on_a_fixed_batch(data: ClipsConfig):
+    batch = next(clip_batches(data))
+    params, merge = split_model(make_vae(MODEL, rngs=nnx.Rngs(0)))
+    params = gentle_start(params, 8, jax.random.key(0))
+    optimizer = make_optimizer(params)
+    step = make_train_step(make_loss(merge, VAELossConfig(latent_noise=0.05)), optimizer, 0.9)
+    state, losses = create_state(params, optimizer, 0), []
+    for _ in range(40):
+        state, metrics = step(state, batch, jnp.float32(0.01))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_decoder_fine_tuning_leaves_the_encoder_alone(data: ClipsConfig):
+    batch = next(clip_batches(data))
+    params, merge = split_model(make_vae(MODEL, rngs=nnx.Rngs(0)))
+    before = {name: np.asarray(value) for name, value in params.items()}
+    optimizer = make_optimizer(params)
+    loss = make_loss(merge, VAELossConfig(decoder_only=True, latent_noise=0.1))
+    state, _ = make_train_step(loss, optimizer, 0.9)(
+        create_state(params, optimizer, 0), batch, jnp.float32(0.01)
+    )
+    changed = {name for name, value in state.params.items() if not np.array_equal(value, before[name])}
+    assert all(name.startswith(("decoder", "post_quant")) for name in changed)
+    assert "decoder.head.conv.weight" in changed
+
+
+def test_a_wrong_mouth_costs_more_than_a_wrong_wall():
+    video, weight = jnp.zeros((1, 2, 8, 8, 3)), jnp.ones((1, 2, 8, 8, 1)).at[:, :, :4].set(4.0)
+    config = VAELossConfig(gradient=0.0, temporal=0.0, colour=0.0)
+    at_mouth, _ = reconstruction_loss(video.at[:, :, :4].set(0.1), video, weight, config)
+    at_wall, _ = reconstruction_loss(video.at[:, :, 4:].set(0.1), video, weight, config)
+    assert float(at_mouth) == pytest.approx(4 * float(at_wall), rel=1e-5)
+
+
+def test_an_interrupted_run_goes_on_exactly(data: ClipsConfig, tmp_path: Path):
+    def run(out: str, stop_at: int | None = None):
+        train = LoopConfig(steps=4, batch=4, learning_rate=0.01)
+        config = VAERun(out=str(tmp_path / out), model=MODEL, data=data, loss=VAELossConfig(), train=train)
+        return train_vae(config, stop_at=stop_at)
+
+    whole = run("whole")
+    run("parts", stop_at=2)
+    resumed = run("parts")
+    assert int(resumed.step) == 4
+    for name, value in whole.params.items():
+        np.testing.assert_array_equal(value, resumed.params[name], err_msg=name)

@@ -1,0 +1,77 @@
+"""Make a model folder of two training runs: `python tools/package_model.py --vae RUN --dit RUN --out DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
+from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.models.avatar import Avatar, AvatarConfig
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.logmel import LogMelConfig
+from lavatar_jax.training.latents import LatentsConfig, load_vae
+from lavatar_jax.training.state import split_model
+
+# How the small model is sampled: no motion frames; the sink keeps one distance, in the range of its training;
+# the video starts right after one still picture, as its training clips do.
+SAMPLING = SamplingConfig(
+    motion=False, adapt_sink_after=1, sink_distance=24, prime_latents=1, drop_first_frames=0
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    vae: str  # run of stage 0; a fine-tuned decoder counts, as long as the latents are the same
+    dit: str  # run of stage 1
+    out: str = "lavatar_jax/weights/tiny"
+    name: str = "tiny"
+
+
+def package(arguments: Arguments) -> Path:
+    """Write the averaged weights in half precision, with the latent statistics that stage 1 trained on."""
+    path = Path(arguments.dit) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{arguments.dit} is not a run of stage 1: {path} is missing")
+    run = json.loads(path.read_text())
+    data = config_from_dict(LatentsConfig, run["data"])
+    dit_config = config_from_dict(DiTConfig, run["model"])
+    statistics = json.loads((Path(data.folder) / "statistics.json").read_text())
+
+    vae_config, vae = load_vae(arguments.vae)
+    vae_config = dataclasses.replace(
+        vae_config, latent_mean=tuple(statistics["mean"]), latent_std=tuple(statistics["std"])
+    )
+    _, merge = split_model(jax.eval_shape(lambda: CausalDiT(dit_config, rngs=nnx.Rngs(0))))
+    dit = merge({name: jnp.asarray(value) for name, value in read_average(Path(arguments.dit)).items()})
+    config = AvatarConfig(
+        name=arguments.name,
+        image_size=data.size,
+        dit=dit_config,
+        vae=vae_config,
+        sampling=SAMPLING,
+        log_mel=LogMelConfig(),
+    )
+    out = Path(arguments.out)
+    save_model_folder(out, Avatar(config=config, dit=dit, vae=vae), np.float16)
+    return out
+
+
+if __name__ == "__main__":
+    try:
+        folder = package(tyro.cli(Arguments, description=__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"{folder}: {size:.1f} MB")
