@@ -116,8 +116,9 @@ class SamplingConfig:
     drop_first_frames: int = 3
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "ring_blocks", "clip_blocks", "prime_latents", "adapt_sink_after"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.adapt_motion and self.decode != "clip":
             raise ValueError("adapt_motion re-encodes decoded clips and needs decode='clip'")
 
