@@ -261,6 +261,6 @@ def test_every_key_of_the_14b_checkpoint_finds_its_place() -> None:
         tensor = np.broadcast_to(np.float16(0), shape)
         assert rule.resolve_transform().forward(tensor).shape == want, key
     assert layers.keys() == full_size().keys()
-    stacks = {path: leaf.shape[0] for path, leaf in full_size().items() if layers[path]}
-    assert {path: layers[path] for path in stacks} == {path: set(range(count)) for path, count in stacks.items()}
-    assert set(stacks.values()) == {40, 12}
+    stacks = {path: seen for path, seen in layers.items() if seen}
+    assert stacks == {path: set(range(full_size()[path].shape[0])) for path in stacks}
+    assert {len(seen) for seen in stacks.values()} == {40, 12}

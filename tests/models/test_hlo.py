@@ -13,7 +13,13 @@ import pytest
 from flax import nnx
 
 from lavatar_jax.config import SamplingConfig
-from lavatar_jax.inference.denoise import denoise_block, forwards_per_block, init_rings, plan_block, start_session
+from lavatar_jax.inference.denoise import (
+    denoise_block,
+    forwards_per_block,
+    init_rings,
+    plan_block,
+    start_session,
+)
 from lavatar_jax.models.attention import KV, RingCache
 from lavatar_jax.models.audio_encoder import encode_audio
 from lavatar_jax.models.dit import CausalDiT
@@ -32,7 +38,8 @@ def abstract_step(history: str = "noisy"):
     sampling = SamplingConfig(steps=2, ring_blocks=RING_BLOCKS, motion=False, history=history)
     dit = jax.eval_shape(lambda: CausalDiT(CONFIG, rngs=nnx.Rngs(0)))
     rings = jax.eval_shape(lambda: init_rings(CONFIG, sampling, 1, HEIGHT, WIDTH, jnp.float32))
-    session = jax.eval_shape(lambda dit: start_session(dit, jnp.zeros((1, 4, 6)), None, sampling=sampling), dit)
+    text = jnp.zeros((1, CONFIG.text_len, CONFIG.text_dim))
+    session = jax.eval_shape(lambda dit: start_session(dit, text, None, sampling=sampling), dit)
     latent = jax.ShapeDtypeStruct((1, 3, HEIGHT, WIDTH, 3), jnp.float32)
     inputs = BlockInput(jax.ShapeDtypeStruct((1, 1, 2, 5, 12), jnp.float32))
     plan = plan_block(CONFIG, sampling, 0, HEIGHT, WIDTH, [4] * forwards_per_block(sampling))
@@ -45,7 +52,8 @@ def makers(compiled: jax.stages.Compiled, shape: tuple[int, ...]) -> Counter:
     A fusion that ends in a dynamic-update-slice writes in place and counts as such.
     """
     text = compiled.as_text()
-    roots = dict(re.findall(r"^%?([\w.-]+) \([^\n]*\{\n(?:(?!^\}).*\n)*?\s+ROOT [^=]*= \S+ ([\w-]+)\(", text, re.M))
+    computation = r"^%?([\w.-]+) \([^\n]*\{\n(?:(?!^\}).*\n)*?\s+ROOT [^=]*= \S+ ([\w-]+)\("
+    roots = dict(re.findall(computation, text, re.M))
     result = re.escape(f"f32[{','.join(map(str, shape))}]")
     count: Counter = Counter()
     for name, rest in re.findall(rf"= {result}\S* ([\w-]+)\(([^\n]*)", text):

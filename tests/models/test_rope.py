@@ -66,7 +66,9 @@ def test_angles_are_exact_at_any_age(frame: int) -> None:
     np.testing.assert_allclose(got, exact_cosines(frame, dim), atol=3e-7)
 
 
-@pytest.mark.parametrize(("head_dim", "dims"), [(128, (44, 42, 42)), (16, (8, 4, 4)), (8, (4, 2, 2)), (4, (4, 0, 0))])
+@pytest.mark.parametrize(
+    ("head_dim", "dims"), [(128, (44, 42, 42)), (16, (8, 4, 4)), (8, (4, 2, 2)), (4, (4, 0, 0))]
+)
 def test_channels_are_split_over_frame_row_column(head_dim, dims) -> None:
     assert rp.axis_dims(head_dim) == dims
     assert at(1, head_dim=head_dim).cos.shape == (1, head_dim // 2)
@@ -144,7 +146,7 @@ def test_a_zero_rope_erases_and_tables_join() -> None:
 
 
 def test_rotation_keeps_length_and_dtype() -> None:
-    x = normal(0, 1, 4, 2, 16)
-    y = rp.apply_rope(x, rp.rope([rp.video_grid(7, 1, 2, 2)], 16))
+    x, table = normal(0, 1, 4, 2, 16), rp.rope([rp.video_grid(7, 1, 2, 2)], 16)
+    y = rp.apply_rope(x, table)
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
-    assert rp.apply_rope(x.astype(jnp.bfloat16), rp.rope([rp.video_grid(7, 1, 2, 2)], 16)).dtype == jnp.bfloat16
+    assert rp.apply_rope(x.astype(jnp.bfloat16), table).dtype == jnp.bfloat16

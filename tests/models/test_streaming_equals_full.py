@@ -43,9 +43,8 @@ def step(model, cache, latent, sinusoid, states, audio, slot, rope, sink_rope, p
     """One block, with the embeddings that a session computes once."""
     times, text = model.embed_time(sinusoid), model.text_keys_values(states)
     audio = encode_audio(model.audio_encoder, audio)
-    return stream_forward(
-        model, cache, latent, times, text, audio, slot, rope, sink_rope, pose_BFHWC=pose, actor_mask_BPFHW=mask
-    )
+    extras = {"pose_BFHWC": pose, "actor_mask_BPFHW": mask}
+    return stream_forward(model, cache, latent, times, text, audio, slot, rope, sink_rope, **extras)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,11 @@ class Clip:
 
     def __init__(self, s: Setup) -> None:
         config = tiny_config(
-            heads=s.heads, block_frames=s.block_frames, use_motion=s.motion, use_pose=s.pose, inject_layers=(0, 1)
+            heads=s.heads,
+            block_frames=s.block_frames,
+            use_motion=s.motion,
+            use_pose=s.pose,
+            inject_layers=(0, 1),
         )
         self.setup, self.model = s, random_dit(config)
         size = (s.height, s.width, config.latent_channels)
@@ -127,7 +130,13 @@ class Clip:
         noisy = len(block)
         mask[:noisy, :noisy] &= block[:, None] - block[None, :] < s.ring
         table = train_rope(
-            config, s.frames, s.height, s.width, frame_start=s.frame_start, ref_frame=s.sink_frame, motion=s.motion
+            config,
+            s.frames,
+            s.height,
+            s.width,
+            frame_start=s.frame_start,
+            ref_frame=s.sink_frame,
+            motion=s.motion,
         )
         return full(
             self.model,
@@ -145,7 +154,11 @@ class Clip:
         )
 
     def streamed(
-        self, *, slot_of: Callable[..., RingSlot] = ring_slot, sink_frame: int | None = None, audio_delay: int = 0
+        self,
+        *,
+        slot_of: Callable[..., RingSlot] = ring_slot,
+        sink_frame: int | None = None,
+        audio_delay: int = 0,
     ) -> np.ndarray:
         """Block after block; the options are for breaking it."""
         s, model, config = self.setup, self.model, self.model.config
@@ -158,6 +171,7 @@ class Clip:
         flows = []
         for block in range(s.blocks):
             piece = slice(block * s.block_frames, (block + 1) * s.block_frames)
+            grid = rp.video_grid(s.frame_start + piece.start, s.block_frames, rows, columns)
             flow, cache = step(
                 model,
                 cache,
@@ -166,7 +180,7 @@ class Clip:
                 self.states,
                 audio[..., 4 * piece.start : 4 * piece.stop],
                 slot_of(block, s.block_tokens, s.ring * s.block_tokens),
-                rp.rope([rp.video_grid(s.frame_start + piece.start, s.block_frames, rows, columns)], config.head_dim),
+                rp.rope([grid], config.head_dim),
                 rp.rope(sink, config.head_dim),
                 None if self.pose is None else self.pose[:, piece],
                 self.mask,

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from lavatar_jax.models.words import encode_words, word_vector
 
-
 PERSON = [-1.1628153324127197, -2.715721368789673, 0.1600245237350464, -0.874671459197998]
 
 
