@@ -2,7 +2,7 @@
 
     python tools/evaluate_tiny.py --speech FOLDER [--out runs/evaluation] [--clips 12] [--drift-seconds 600]
 
-Writes report.md (the table), report.json, sheet.png (photo, generated, truth) and talk.mp4 to --out, and
+Writes report.md (the table), report.json, sheet.png (photo, generated, truth), talk.mp4 to --out and
 exits with 1 if a bar is missed. The first run makes the held-out recordings (with espeak-ng and flite).
 The probe is qualified on the true pictures first; what it says of generated ones is worth that much.
 """
@@ -188,8 +188,8 @@ def drift_rows(avatar: Avatar, clips: list[Clip], speech: Path, seconds: float) 
     ]
 
 
-def pictures(folder: Path, clips: list[Clip], videos: list[np.ndarray]) -> None:
-    """A contact sheet of all clips, and a video of the first with sound."""
+def write_pictures(folder: Path, clips: list[Clip], videos: list[np.ndarray]) -> None:
+    """A contact sheet of all clips, a smaller one of five people, and a video of the first with sound."""
     rows = []
     for clip, video in zip(clips, videos, strict=True):
         picked = np.linspace(0, len(video) - 1, 9).astype(int)
@@ -198,6 +198,8 @@ def pictures(folder: Path, clips: list[Clip], videos: list[np.ndarray]) -> None:
         )
         rows.append(("truth", np.concatenate([clip.video[:1], clip.video[1:][picked]])))
     save_sheet(rows, folder / "sheet.png")
+    people = [("", pictures) for label, pictures in rows if label != "truth"]
+    save_sheet(people[:5], folder / "people.png")
     sound = np.repeat(clips[0].samples, 3)[None]  # 16 to 48 kHz, good enough to listen to
     pair = np.concatenate([videos[0], clips[0].video[1:]], axis=2)
     with VideoWriter(folder / "talk.mp4", audio=iter([sound]), scale=4) as writer:
@@ -254,7 +256,7 @@ def main() -> int:
     readings = [probe.measure(video) for probe, video in zip(probes, videos, strict=True)]
     rows += speaking_rows(readings, videos, clips)
     rows += colour_rows(videos, clips)
-    pictures(arguments.out, clips, videos)
+    write_pictures(arguments.out, clips, videos)
     if arguments.drift_seconds:
         rows += drift_rows(avatar, clips[: arguments.drift_people], arguments.speech, arguments.drift_seconds)
     folder = model_folder(arguments.model)
@@ -268,7 +270,7 @@ def main() -> int:
     )
     print(text)
     seconds = time.perf_counter() - started
-    print(f"{arguments.out}: report.md, report.json, sheet.png, talk.mp4 ({seconds:.0f} s)")
+    print(f"{arguments.out}: report.md, report.json, sheet.png, people.png, talk.mp4 ({seconds:.0f} s)")
     return 0 if all(row.passed in (None, True) for row in rows) else 1
 
 
