@@ -63,14 +63,14 @@ def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
     return config, merge({name: jnp.asarray(value) for name, value in read_average(Path(run)).items()})
 
 
-def latent_statistics(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel of (the first 400) encoded clips.
+def latent_statistics(folder: str | Path, clips: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel of the first `clips` encoded clips.
 
     The deviation includes the encoder's own uncertainty, so that a channel that carries nothing is not blown
     up to unit variance.
     """
-    latent = np.load(Path(folder) / "latent.npy", mmap_mode="r")[:400].astype(np.float64)
-    spread = np.load(Path(folder) / "spread.npy", mmap_mode="r")[:400].astype(np.float64)
+    latent = np.load(Path(folder) / "latent.npy", mmap_mode="r")[:clips].astype(np.float64)
+    spread = np.load(Path(folder) / "spread.npy", mmap_mode="r")[:clips].astype(np.float64)
     axes = tuple(range(latent.ndim - 1))
     return latent.mean(axis=axes), np.sqrt(latent.var(axis=axes) + np.square(spread).mean(axis=0))
 
@@ -129,7 +129,7 @@ def prepare_latents(config: LatentsConfig) -> Path:
             temporary = done_file.with_suffix(".tmp")
             temporary.write_text(str(index + 1))
             os.replace(temporary, done_file)
-    mean, std = latent_statistics(folder)
+    mean, std = latent_statistics(folder, min(config.clips, 400))
     (folder / "statistics.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
     return folder
 
@@ -148,8 +148,9 @@ def _open_arrays(config: LatentsConfig, vae: VAEConfig) -> dict[str, np.memmap]:
     for name, (shape, dtype) in shapes.items():
         path = Path(config.folder) / f"{name}.npy"
         shape = (config.clips, *shape)
-        if path.exists() and np.load(path, mmap_mode="r").shape == shape:
-            arrays[name] = np.load(path, mmap_mode="r+")
+        found = np.load(path, mmap_mode="r+") if path.exists() else np.zeros(0)
+        if len(found) >= config.clips and found.shape[1:] == shape[1:]:
+            arrays[name] = found
         else:
             (Path(config.folder) / "done.txt").unlink(missing_ok=True)
             arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -164,7 +165,9 @@ class LatentSource:
         if not (folder / "statistics.json").is_file():
             raise UserError(f"{folder} has no encoded clips: run stage 1's preparation first")
         statistics = json.loads((folder / "statistics.json").read_text())
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FILES}
+        self.arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r")[: config.clips] for name in FILES
+        }
         self.mean, self.std = (np.array(statistics[name], np.float32) for name in ("mean", "std"))
         self.prompts = [encode_words(manner.caption, config.text_len, config.text_dim) for manner in MANNERS]
 

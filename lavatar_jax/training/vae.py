@@ -19,9 +19,7 @@ from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
 
-
-
-# Luminance, red against blue, green against magenta (columns). The last is a small part of the variance of RGB,
+# Luminance, red against blue, green against magenta (columns). The last has little of the variance of RGB,
 # and a VAE that starts without it may not find it in a thousand steps: green walls come out grey. So the loss
 # looks at it (`VAELossConfig.colour`) and the first convolution hears it louder (`gentle_start`).
 OPPONENT = np.array([[1.0, 1.0, 1.0], [1.5, 0.0, -1.5], [-1.5, 3.0, -1.5]], np.float32).T / 3.0

@@ -51,7 +51,7 @@ def data(tmp_path: Path) -> LatentsConfig:
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    mean, std = latent_statistics(folder)
+    mean, std = latent_statistics(folder, CLIPS)
     (folder / "statistics.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
     return LatentsConfig(folder=str(folder), clips=CLIPS, text_len=3, text_dim=4)
 
@@ -74,7 +74,7 @@ def test_batches_are_normalised_and_of_the_shapes_that_the_loss_takes(data: Late
 def test_a_channel_without_content_is_not_blown_up(tmp_path: Path):
     np.save(tmp_path / "latent.npy", np.zeros((2, 3, 4, 4, 1), np.float16))
     np.save(tmp_path / "spread.npy", np.ones((2, 1), np.float16))
-    assert latent_statistics(tmp_path)[1] == pytest.approx(1.0)
+    assert latent_statistics(tmp_path, 2)[1] == pytest.approx(1.0)
 
 
 def test_noise_levels_are_of_the_three_kinds():
