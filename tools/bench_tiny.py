@@ -1,6 +1,6 @@
 """How fast a model talks on this machine: every part, the whole, and its DiT step against PyTorch.
 
-    python tools/bench_tiny.py [--model tiny] [--seconds 20] [--json FILE]
+    python tools/bench_tiny.py [--model tiny] [--seconds 20] [--minutes 10] [--json FILE]
 
 Needs nothing but the model; the comparison with PyTorch is skipped, and says so, where torch is not installed
 (the `convert` extra has it). Run it on an idle machine.
@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -115,6 +117,24 @@ def end_to_end(avatar: Avatar, seconds: float) -> dict[str, float]:
     return {"first_frame_s": after_first - start, "frames_per_s": (count - first) / (end - after_first)}
 
 
+def memory_over(avatar: Avatar, minutes: int) -> list[float]:
+    """Peak resident memory, MB, after each minute of one long MP4."""
+    config = avatar.config
+    generator = np.random.default_rng(0)
+    second = (0.1 * generator.standard_normal(16_000)).astype(np.float32)
+    conditions = photo_conditions(avatar, generator.integers(0, 255, (256, 256, 3), dtype=np.uint8))
+    peaks: list[float] = []
+    count, total = 0, minutes * 60 * config.fps
+    blocks = talk(avatar, conditions, (second for _ in range(minutes * 60)))
+    with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "bench.mp4") as writer:
+        for frames in track(blocks, total=total // 12, description=f"{minutes} minutes"):
+            writer.write(frames)
+            count += len(frames)
+            if count // (60 * config.fps) > len(peaks):
+                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return peaks
+
+
 def step_against_torch(avatar: Avatar) -> dict[str, float] | None:
     """One streaming step (full ring) in JAX and in PyTorch, measured in turn; None without torch."""
     if importlib.util.find_spec("torch") is None:
@@ -169,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="tiny", help="shipped model or model folder")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the end-to-end run")
+    parser.add_argument("--minutes", type=int, default=0, help="also watch the memory of a video this long")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     arguments = parser.parse_args()
 
@@ -195,6 +216,10 @@ def main() -> None:
     else:
         jax_ms, torch_ms, ratio = step["jax_ms"], step["torch_ms"], step["ratio"]
         print(f"  {'one DiT step':22s} {jax_ms:8.2f} ms; PyTorch {torch_ms:.2f} ms; ratio {ratio:.2f}")
+    peaks = memory_over(avatar, arguments.minutes) if arguments.minutes else []
+    if peaks:
+        after = f"{peaks[-1]:.0f} MB after {len(peaks)} ({peaks[-1] / peaks[0] - 1:+.1%})"
+        print(f"  {'peak memory':22s} {peaks[0]:8.0f} MB after 1 minute, {after}")
     if arguments.json:
         report = {
             "parts_ms": times,
