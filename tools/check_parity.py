@@ -13,14 +13,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.parity import forwards, parts, sampling, vae
-from tools.parity.case import Case, Check
+from tools.parity.case import EXACT, Case, Check, Tolerance
 
 CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "01": parts.rope,
@@ -45,50 +47,71 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
 
 
 def excess(check: Check) -> tuple[float, float]:
-    """(error over tolerance: at most 1 passes, worst absolute error); wrong shapes and NaN are infinite."""
+    """(error over tolerance: at most 1 passes, worst absolute error).
+
+    Both are infinite where shapes differ or a number is not finite.
+    """
     got, want = np.asarray(check.got, np.float64), np.asarray(check.want, np.float64)
-    if got.shape != want.shape:
+    if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
         return np.inf, np.inf
     error = np.abs(got - want)
-    if not np.isfinite(error).all():
-        return np.inf, np.inf
     rtol, atol = check.tolerance
     allowed = atol + rtol * np.abs(want)
     ratio = np.where(error > 0, error / np.maximum(allowed, np.finfo(np.float64).tiny), 0.0)
     return float(ratio.max(initial=0.0)), float(error.max(initial=0.0))
 
 
-def run_case(folder: Path, verbose: bool) -> bool:
-    """Print the case's line; True if it passed."""
+class Result(NamedTuple):
+    """How one case went. `error` and `tolerance` are those of the tensor that came closest to failing."""
+
+    name: str
+    passed: bool
+    error: float = 0.0
+    tolerance: Tolerance = EXACT
+    tensors: int = 0
+    variants: tuple[str, ...] = ()
+    problem: str = ""  # why there is nothing to compare
+
+    def __str__(self) -> str:
+        rtol, atol = self.tolerance
+        detail = self.problem or f"{self.error:.2e} rtol={rtol:g},atol={atol:g}"
+        return f"{'PASS' if self.passed else 'FAIL'} {self.name} {detail}"
+
+
+def find_check(name: str) -> Callable[[Case], Iterator[Check]] | None:
+    """The comparison of a case by the number in its name; None where none is written."""
+    number = re.match(r"\d+[a-z]?\d?", name)
+    return CHECKS.get(number[0]) if number else None
+
+
+def run_case(folder: Path, verbose: bool = False) -> Result:
+    """Compare all tensors of a case; prints its line, with `verbose` a line for each tensor before it."""
+    result = _compare(folder, verbose)
+    print(result, flush=True)
+    return result
+
+
+def _compare(folder: Path, verbose: bool) -> Result:
     try:
         case = Case(folder)
-    except (OSError, ValueError) as error:
-        print(f"FAIL {folder.name} unreadable: {error}")
-        return False
-    match = re.match(r"\d+[a-z]?\d?", case.name)
-    check_case = CHECKS.get(match[0]) if match else None
+    except (OSError, ValueError, SafetensorError) as reason:
+        return Result(folder.name, passed=False, problem=f"unreadable: {reason}")
+    check_case = find_check(case.name)
     if check_case is None:
-        print(f"FAIL {case.name} unknown case, no check is written for it")
-        return False
-    worst, worst_error, tolerance, count = -1.0, 0.0, (0.0, 0.0), 0
+        return Result(case.name, passed=False, problem="unknown case, no check is written for it")
+    worst, worst_error, tolerance, count = -1.0, 0.0, EXACT, 0
     try:
         for check in check_case(case):
-            ratio, difference = excess(check)
+            ratio, error = excess(check)
             count += 1
             if verbose:
-                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check.name} {difference:.2e}")
+                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check.name} {error:.2e}")
             if ratio > worst:
-                worst, worst_error, tolerance = ratio, difference, check.tolerance
-    except Exception as error:
-        print(f"FAIL {case.name} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return False
-    passed = count > 0 and worst <= 1
-    rtol, atol = tolerance
-    print(
-        f"{'PASS' if passed else 'FAIL'} {case.name} {worst_error:.2e} rtol={rtol:g},atol={atol:g}",
-        flush=True,
-    )
-    return passed
+                worst, worst_error, tolerance = ratio, error, check.tolerance
+    except Exception as reason:
+        message = str(reason).splitlines()[0] if str(reason) else ""
+        return Result(case.name, passed=False, problem=f"{type(reason).__name__}: {message}")
+    return Result(case.name, count > 0 and worst <= 1, worst_error, tolerance, count, case.variants)
 
 
 def main() -> int:
@@ -99,9 +122,9 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="list every tensor")
     arguments = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    results = [run_case(folder, arguments.verbose) for folder in arguments.cases]
-    print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
-    return 0 if all(results) else 1
+    passed = [run_case(folder, arguments.verbose).passed for folder in arguments.cases]
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

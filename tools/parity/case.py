@@ -47,12 +47,17 @@ class Case:
         path = self.folder / f"{name}.safetensors"
         return load_file(path) if path.exists() else {}
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the `outputs_<variant>.safetensors`."""
+        paths = sorted(self.folder.glob("outputs_*.safetensors"))
+        return tuple(path.stem.removeprefix("outputs_") for path in paths)
+
     def outputs(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(variant, tensors), the main output first under the name ""."""
         yield "", self._load("outputs")
-        for path in sorted(self.folder.glob("outputs_*.safetensors")):
-            variant = path.stem.removeprefix("outputs_")
-            yield variant, self._load(path.stem)
+        for variant in self.variants:
+            yield variant, self._load(f"outputs_{variant}")
 
     def tolerance(self, *names: str) -> Tolerance:
         """The first named tolerance of the case (or its only one)."""
