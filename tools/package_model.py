@@ -13,6 +13,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
 from lavatar_jax.config import DiTConfig, SamplingConfig
