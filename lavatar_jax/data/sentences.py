@@ -1,6 +1,7 @@
 """English sentences for the training speech, and others, never trained on, for measuring."""
 
-TRAINING_SENTENCES = tuple("""
+TRAINING_SENTENCES = tuple(
+    """
 Good morning, and thank you for coming.
 The kettle is boiling over, please turn it off.
 How many apples did you buy at the market?
@@ -272,9 +273,11 @@ The owl opened one eye and closed it again.
 Which way did the parade go?
 The milk in the fridge has gone sour.
 I play the drums in a small jazz band.
-""".strip().splitlines())
+""".strip().splitlines()
+)
 
-HELDOUT_SENTENCES = tuple("""
+HELDOUT_SENTENCES = tuple(
+    """
 Welcome aboard, we hope you enjoy the journey.
 The yellow tulips opened early this spring.
 Could somebody please explain the second rule again?
@@ -320,4 +323,5 @@ A loud bang woke the entire neighbourhood.
 Only three of the nine puzzles have been solved.
 The carpet maker tied a thousand knots a day.
 Goodbye for now, and take care of yourself.
-""".strip().splitlines())
+""".strip().splitlines()
+)

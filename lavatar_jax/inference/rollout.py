@@ -67,7 +67,9 @@ class Draws:
 
     def history_noise(self, block: int) -> Array | None:
         """Noise of the extra pass, for fixed-noise history."""
-        return _normal(self._block_key(block, 1), self.shape) if self.sampling.history == "fixed_noise" else None
+        if self.sampling.history != "fixed_noise":
+            return None
+        return _normal(self._block_key(block, 1), self.shape)
 
     def distances(self, block: int) -> list[int]:
         """How far the sink keeps ahead, for each forward of the block."""

@@ -204,11 +204,12 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     with open_media(path, "video", FORMATS) as container:
         if not container.streams.video:
             raise UserError(f"{path} has no pictures in it; give a video")
-        count = 0
+        empty = True
         try:
-            for count, frame in enumerate(container.decode(video=0), start=1):
+            for frame in container.decode(video=0):
+                empty = False
                 yield frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, ValueError):
             raise UserError(f"{path} is damaged or cut off; give a complete video") from None
-        if not count:
+        if empty:
             raise UserError(f"{path} has no pictures in it; give a video")

@@ -1,4 +1,4 @@
-"""The loudness of speech: what the small model's mouth follows is absolute, so recordings are brought to one level."""
+"""The loudness of speech. The small model's mouth follows it, so recordings are brought to one level."""
 
 import numpy as np
 from numpy.typing import NDArray

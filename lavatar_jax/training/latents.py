@@ -144,12 +144,12 @@ def _open_arrays(config: LatentsConfig, vae: VAEConfig) -> dict[str, np.memmap]:
         "mouth": ((cells, cells), np.uint8),
         "manner": ((), np.uint8),
     }
-    arrays = {}
+    arrays: dict[str, np.memmap] = {}
     for name, (shape, dtype) in shapes.items():
         path = Path(config.folder) / f"{name}.npy"
         shape = (config.clips, *shape)
-        found = np.load(path, mmap_mode="r+") if path.exists() else np.zeros(0)
-        if len(found) >= config.clips and found.shape[1:] == shape[1:]:
+        found = np.load(path, mmap_mode="r+") if path.exists() else None
+        if found is not None and len(found) >= config.clips and found.shape[1:] == shape[1:]:
             arrays[name] = found
         else:
             (Path(config.folder) / "done.txt").unlink(missing_ok=True)
@@ -165,9 +165,7 @@ class LatentSource:
         if not (folder / "statistics.json").is_file():
             raise UserError(f"{folder} has no encoded clips: run stage 1's preparation first")
         statistics = json.loads((folder / "statistics.json").read_text())
-        self.arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r")[: config.clips] for name in FILES
-        }
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")[: config.clips] for name in FILES}
         self.mean, self.std = (np.array(statistics[name], np.float32) for name in ("mean", "std"))
         self.prompts = [encode_words(manner.caption, config.text_len, config.text_dim) for manner in MANNERS]
 
