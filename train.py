@@ -11,7 +11,10 @@ from typing import Any
 
 import tyro
 
+from lavatar_jax.cli import keep_compilations, run
 from lavatar_jax.errors import UserError
+
+USAGE = "usage: python train.py configs/NAME.py [--option value ...]; configs/NAME.py --help lists them"
 
 
 def load_config(path: str) -> Any:
@@ -29,17 +32,16 @@ def load_config(path: str) -> Any:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(USAGE)
+        return
     if not arguments or arguments[0].startswith("-"):
-        raise UserError(
-            "usage: python train.py configs/NAME.py [--option value ...], or configs/NAME.py --help"
-        )
+        raise UserError(f"no config is named; {USAGE}")
     default = load_config(arguments[0])
     config = tyro.cli(type(default), default=default, args=arguments[1:], prog=f"train.py {arguments[0]}")
 
-    from lavatar_jax.training.loop import enable_compilation_cache
     from lavatar_jax.training.stages import train
 
-    enable_compilation_cache()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
@@ -47,8 +49,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    keep_compilations()
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
@@ -44,12 +43,6 @@ class LoopConfig:
 
     def progress(self, step: int, seconds: float) -> float:
         return step / self.steps if self.steps is not None else seconds / self.seconds
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled steps on disk (a step compiles for long); `JAX_COMPILATION_CACHE_DIR` overrides."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lavatar_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
 
 
 @contextlib.contextmanager
