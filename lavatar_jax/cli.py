@@ -52,6 +52,8 @@ def keep_compilations() -> None:
     """Lets jax keep compiled programs on disk, for faster starts; to be called before jax is imported."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lavatar_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    # Small programs too: there are many, and a second start should wait for none of them.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _one_line(box: str) -> str:

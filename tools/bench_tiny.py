@@ -21,12 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+START = time.perf_counter()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lavatar_jax.cli import keep_compilations
+
+keep_compilations()  # before jax is imported
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.inference.decode import StreamDecoder
@@ -114,7 +119,11 @@ def end_to_end(avatar: Avatar, seconds: float) -> dict[str, float]:
                     first, after_first = len(frames), time.perf_counter()
                 count += len(frames)
         end = time.perf_counter()
-    return {"first_frame_s": after_first - start, "frames_per_s": (count - first) / (end - after_first)}
+    return {
+        "first_frame_s": after_first - start,
+        "since_start_s": after_first - START,
+        "frames_per_s": (count - first) / (end - after_first),
+    }
 
 
 def memory_over(avatar: Avatar, minutes: int) -> list[float]:
@@ -209,7 +218,8 @@ def main() -> None:
         print(f"  {name:22s} {value:8.2f} ms a block ({value / budget:6.1%} of real time)")
     speed = warm["frames_per_s"]
     print(f"  {'load the model':22s} {load:8.2f} s")
-    print(f"  {'first frame':22s} {cold['first_frame_s']:8.2f} s, again {warm['first_frame_s']:.2f} s")
+    print(f"  {'first frame':22s} {cold['since_start_s']:8.2f} s from the start of the process")
+    print(f"  {'first frame, next video':22s} {warm['first_frame_s']:7.2f} s")
     print(f"  {'end to end':22s} {speed:8.1f} frames/s ({speed / config.fps:.1f}x real time)")
     if step is None:
         print("  DiT step against PyTorch: skipped, torch is not installed")
