@@ -10,21 +10,56 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.models.vae import CausalVAE
 
+try:
+    from lavatar_jax.models.umt5 import UMT5Config
+except ImportError:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class UMT5Config:  # type: ignore[no-redef]
+        pass
+
+
+try:
+    from lavatar_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+except ImportError:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wav2Vec2Config:  # type: ignore[no-redef]
+        pass
+
+    class Wav2Vec2:  # type: ignore[no-redef]
+        pass
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AvatarConfig:
-    """`config.json` of a model folder."""
+    """`config.json` of a model folder.
+
+    `image_size`: pixels of the video. An int: always this square, as the model was trained. (height, width):
+    their product is the largest area, and each photo gets a size of its own proportions within it, as in the
+    reference.
+    """
 
     name: str
-    image_size: int  # pixels; the video is square, as the model was trained
+    image_size: int | tuple[int, int]
     fps: int = 25
     dit: DiTConfig
     vae: VAEConfig
     sampling: SamplingConfig
-    log_mel: LogMelConfig
+    log_mel: LogMelConfig | None = None  # what listens: this,
+    speech: Wav2Vec2Config | None = None  # or this
+    text: UMT5Config | None = None  # what reads prompts; None: hashed words
+
+    def __post_init__(self) -> None:
+        if (self.log_mel is None) == (self.speech is None):
+            raise ValueError("a model listens through exactly one of log_mel and speech")
 
 
 class Avatar(NamedTuple):
+    """`speech` is there where the configuration has it. The text encoder is no part: it is needed once a
+    prompt, and is larger than all the rest of a small machine."""
+
     config: AvatarConfig
     dit: CausalDiT
     vae: CausalVAE
+    speech: Wav2Vec2 | None = None
