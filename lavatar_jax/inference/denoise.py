@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from lavatar_jax.models import rope as rp
 from lavatar_jax.models.attention import KV, RingCache, RingSlot, init_cache, ring_slot
 from lavatar_jax.models.audio_encoder import encode_audio
 from lavatar_jax.models.dit import CausalDiT, Times, timestep_sinusoid
-from lavatar_jax.models.dit_forward import cond_tokens, prefill_sink, stream_forward
+from lavatar_jax.models.dit_forward import cond_tokens, sink_keys_values, stream_forward, write_sink
 from lavatar_jax.models.rope import Rope
 from lavatar_jax.types import BlockInput
 
@@ -94,14 +93,8 @@ def fill_sink(
     dit: CausalDiT, rings: Rings, reference: Array, motion: Array | None, text: KV, *, half_table: bool
 ) -> Rings:
     """Put the reference (and motion) frames into the sink of every ring; one prefill serves all."""
-    filled = prefill_sink(dit, rings[0], reference, motion, text, half_table=half_table)
-    sink_v = filled.v[:, :, : filled.sink_tokens]
-    return tuple(
-        dataclasses.replace(
-            ring, v=jax.lax.dynamic_update_slice(ring.v, sink_v, (0, 0, 0, 0, 0)), sink_k=filled.sink_k
-        )
-        for ring in rings
-    )
+    sink = sink_keys_values(dit, reference, motion, text, half_table=half_table)
+    return tuple(write_sink(ring, sink) for ring in rings)
 
 
 def plan_block(

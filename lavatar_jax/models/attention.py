@@ -57,17 +57,17 @@ def dot_product_attention(
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
     *,
-    length: Int[Array, ""] | int | None = None,
+    length: Int[Array, "*B"] | int | None = None,
     mask: Bool[Array, "T S"] | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, softmax in float32.
 
-    `length`: only the first `length` keys exist. `mask` [T, S]: True where attention is allowed; it
+    `length`: only the first `length` keys exist, for all rows or one number a row. `mask` [T, S]: True where attention is allowed; it
     becomes a materialised bias on GPU, so streaming uses `length`.
     `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only).
     """
-    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
+    lengths = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -114,12 +114,13 @@ def init_cache(
 class RingSlot(NamedTuple):
     """Where a block goes and what it sees; computed by the host from its absolute index.
 
-    `offset`: first ring token the block overwrites. `end`: number of ring tokens valid afterwards.
+    `offset`: first ring token the block overwrites. `end`: number of ring tokens valid afterwards. Both are
+    one number, or one for every row where rows are at different blocks (sessions that share a pipeline).
     `start`: first ring token attended (0 but for the reference's `local_attn_size`).
     """
 
-    offset: Int[Array, ""] | int
-    end: Int[Array, ""] | int
+    offset: Int[Array, "*B"] | int
+    end: Int[Array, "*B"] | int
     start: Int[Array, ""] | int | None = None
 
 

@@ -38,9 +38,8 @@ def cond_tokens(config: DiTConfig, height: int, width: int, *, motion: bool) -> 
     return sum(int(np.prod(grid.shape)) for grid in grids)
 
 
-def prefill_sink(
+def sink_keys_values(
     model: CausalDiT,
-    cache: RingCache,
     ref_B1HWC: Float[Array, "B 1 H W C"],
     motion_BFHWC: Float[Array, "B F H W C"] | None,
     text: KV,
@@ -48,11 +47,11 @@ def prefill_sink(
     drop_motion: bool = False,
     half_table: bool = False,
     implementation: Implementation = "xla",
-) -> RingCache:
-    """Write the keys and values of the reference (and packed motion) tokens into the cache's sink.
+) -> KV:
+    """Keys and values [L, B, C, N, H] of the reference (and packed motion) tokens: t = 0, no audio.
 
-    t = 0, no audio; keys are stored without rope, since the sink rolls. `drop_motion` blanks the motion
-    tokens and their positions in this pass only, as the reference does.
+    Keys come without rope, since the sink rolls. `drop_motion` blanks the motion tokens and their positions
+    in this pass only, as the reference does.
     """
     _, _, height, width, _ = ref_B1HWC.shape
     config = model.config
@@ -67,8 +66,6 @@ def prefill_sink(
             table = rp.concatenate(
                 Rope(table.cos[:n_ref], table.sin[:n_ref]), rp.zero_rope(n_motion, config.head_dim)
             )
-    if x.shape[1] != cache.sink_tokens:
-        raise ValueError(f"the cache holds {cache.sink_tokens} sink tokens, the sink has {x.shape[1]}")
 
     def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, KV]:
         y = dot_product_attention(
@@ -80,8 +77,39 @@ def prefill_sink(
     e0 = with_condition_row(model, no_frames).e0
     sequence = Sequence(frames=0, tokens_per_frame=0, cond=x.shape[1])
     _, _, sink = run_layers(model, x, e0, text, sequence, attend)
+    return sink
+
+
+def write_sink(cache: RingCache, sink: KV) -> RingCache:
+    """Put keys (without rope) and values [L, B, C, N, H] into the cache's sink."""
+    if sink.k.shape[2] != cache.sink_tokens:
+        raise ValueError(f"the cache holds {cache.sink_tokens} sink tokens, the sink has {sink.k.shape[2]}")
     v = jax.lax.dynamic_update_slice(cache.v, sink.v.astype(cache.v.dtype), (0, 0, 0, 0, 0))
     return dataclasses.replace(cache, v=v, sink_k=sink.k.astype(cache.sink_k.dtype))
+
+
+def prefill_sink(
+    model: CausalDiT,
+    cache: RingCache,
+    ref_B1HWC: Float[Array, "B 1 H W C"],
+    motion_BFHWC: Float[Array, "B F H W C"] | None,
+    text: KV,
+    *,
+    drop_motion: bool = False,
+    half_table: bool = False,
+    implementation: Implementation = "xla",
+) -> RingCache:
+    """`sink_keys_values` written into the cache's sink."""
+    sink = sink_keys_values(
+        model,
+        ref_B1HWC,
+        motion_BFHWC,
+        text,
+        drop_motion=drop_motion,
+        half_table=half_table,
+        implementation=implementation,
+    )
+    return write_sink(cache, sink)
 
 
 def stream_forward(
@@ -116,9 +144,13 @@ def stream_forward(
 
     def attend(layer: Any, q: Array, kv: KV, ring: KV, sink_k: Array) -> tuple[Array, KV, None]:
         def write(buffer: Array, new: Array, offset: Any) -> Array:
-            return jax.lax.dynamic_update_slice(
-                buffer, new[None].astype(buffer.dtype), (layer, 0, offset, 0, 0)
-            )
+            new = new[None].astype(buffer.dtype)
+            if jnp.ndim(offset) == 0:
+                return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, offset, 0, 0))
+            for row in range(new.shape[1]):  # one update in place a row; a scatter would copy the ring
+                here = (layer, row, offset[row], 0, 0)
+                buffer = jax.lax.dynamic_update_slice(buffer, new[:, row : row + 1], here)
+            return buffer
 
         k = write(ring.k, apply_rope(sink_k, sink_rope), 0)
         k = write(k, apply_rope(kv.k, rope), n_sink + slot.offset)

@@ -18,10 +18,13 @@ REFERENCE_FRAME = 30  # where the reference image sits in time until it starts t
 
 
 class Rope(NamedTuple):
-    """Cosine and sine for each token: [T, head_dim / 2], the same for all heads."""
+    """Cosine and sine for each token: [T, head_dim / 2], the same for all heads.
 
-    cos: Float[Array | np.ndarray, "T half"]
-    sin: Float[Array | np.ndarray, "T half"]
+    With a leading axis [B, T, head_dim / 2] every row of a batch has its own positions.
+    """
+
+    cos: Float[Array | np.ndarray, "*B T half"]
+    sin: Float[Array | np.ndarray, "*B T half"]
 
 
 class Grid(NamedTuple):
@@ -137,6 +140,6 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], table: Rope) -> Float[Array, "B 
     # Sizes are spelled out, since -1 cannot be inferred of zero tokens (no sink).
     pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], x_BTNH.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = table.cos[:, None], table.sin[:, None]
+    cos, sin = table.cos[..., None, :], table.sin[..., None, :]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
