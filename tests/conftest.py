@@ -1,4 +1,4 @@
-"""One environment for every test: five virtual CPU devices, full-precision products, no surprises.
+"""One environment for every test: nine virtual CPU devices (four stages of two, and a decoder), full-precision products, no surprises.
 
 The devices must be asked for before jax is imported, hence the assignments above the imports.
 """
@@ -6,7 +6,7 @@ The devices must be asked for before jax is imported, hence the assignments abov
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=5"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=9"
 
 import hypothesis
 import jax

@@ -1,0 +1,452 @@
+"""Timestep-forcing pipeline parallelism: every denoising step lives on its own device (paper section 3.2).
+
+A block enters stage 0 as noise, runs that stage's step against the stage's own ring of keys, and hops on;
+after the last stage it is decoded. Only packets move. All stages run the same program (`_stage_tick`) under
+shard_map; what a stage does to a packet is `denoise_block` with that stage's share of the steps, so a
+pipeline of one stage is the sequential rollout.
+
+State arrays merge the stage with their leading axis (`[stage * L, B, S, N, H]`, `[stage * B, ...]`, spec
+P("stage")), so that the local view of a stage is exactly the single-device code's.
+
+Rows of the batch are `slots`: independent videos, each at its own block. A row without a block in a tick
+still computes (a bubble), but at the ring slot that its next block will overwrite before attending to it,
+so a bubble changes nothing and costs no masking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lavatar_jax.config import SamplingConfig
+from lavatar_jax.inference.decode import StreamDecoder
+from lavatar_jax.inference.denoise import (
+    BlockPlan,
+    Rings,
+    Session,
+    denoise_block,
+    init_rings,
+    plan_block,
+    schedule,
+    uses_motion,
+)
+from lavatar_jax.models.attention import KV, RingCache, RingSlot
+from lavatar_jax.models.dit import CausalDiT, Times, timestep_sinusoid
+from lavatar_jax.models.dit_forward import sink_keys_values
+from lavatar_jax.models.rope import Rope
+from lavatar_jax.models.vae import CausalVAE
+from lavatar_jax.parallel import STAGE, TENSOR, PipelineLayout, place_model, stage_mesh, take_devices
+from lavatar_jax.types import BlockInput, Conditions
+
+
+class Packet(NamedTuple):
+    """What travels from stage to stage: a block's latent, its inputs, and its place in time. B: slots."""
+
+    latent: Float[Array, "B F H W C"]
+    inputs: BlockInput
+    offset: Int[Array, " B"]  # see RingSlot
+    end: Int[Array, " B"]
+    rope: Rope  # [B, T, half]
+    sink_rope: Rope  # [B, steps, C, half]: one for every forward of the block
+
+
+class Steps(NamedTuple):
+    """A stage's share of the denoising steps: what `start_session` embeds, without the text."""
+
+    times: tuple[Times, ...]  # [1, F, D]
+    sigmas: Float[Array, " levels"]
+
+
+class Feed(NamedTuple):
+    """A block that enters the pipeline in one slot. Arrays have a batch axis of 1."""
+
+    index: int  # block number in its video
+    noise: Array
+    inputs: BlockInput
+    distances: list[int]  # of the sink, for each step
+
+
+class Finished(NamedTuple):
+    """A block that left the last stage."""
+
+    slot: int
+    index: int
+    latent: Float[Array, "1 F H W C"]
+
+
+@dataclasses.dataclass
+class _SinkChange:
+    """A new sink on its way along the stages, in front of the first block that shall see it."""
+
+    slot: int
+    sink: KV
+    next_stage: int = 0
+
+
+class Pipeline:
+    """The denoising ring on a mesh, and a streaming decoder for each slot.
+
+    `height`, `width`: latent size. `speakers`: rows of audio for each slot. `layout`: see PipelineLayout;
+    `devices` default to all. Raises ValueError for sampling that only the sequential rollout can do, and
+    UserError when there are too few devices.
+    """
+
+    def __init__(
+        self,
+        dit: CausalDiT,
+        vae: CausalVAE,
+        sampling: SamplingConfig,
+        *,
+        height: int,
+        width: int,
+        slots: int = 1,
+        speakers: int = 1,
+        layout: PipelineLayout | None = None,
+        devices: list[jax.Device] | None = None,
+    ) -> None:
+        layout = layout or PipelineLayout(stages=sampling.steps)
+        _check(sampling, layout)
+        found = take_devices(layout.devices, devices)
+        self.sampling, self.layout, self.slots, self.speakers = sampling, layout, slots, speakers
+        self.height, self.width = height, width
+        self.config = dit.config
+        self.mesh = stage_mesh(layout, found)
+        self.decoder_device = found[-1]
+        self.dit = place_model(dit, self.mesh)
+        self.vae = jax.device_put(vae, self.decoder_device)
+        self.decoders: list[StreamDecoder | None] = [None] * slots
+        # Whose block each stage holds, newest first; the host knows without asking the devices.
+        self.in_flight: list[dict[int, int]] = [{} for _ in range(layout.stages)]
+        self._next_block = [0] * slots
+        self._sink_changes: list[_SinkChange] = []
+        self._init_state()
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    def _init_state(self) -> None:
+        stages, config, sampling = self.layout.stages, self.config, self.sampling
+        local_steps = sampling.steps // stages
+        dtype = self.dit.dtype
+
+        def rings() -> Rings:
+            all_layers = dataclasses.replace(config, layers=stages * config.layers)
+            share = dataclasses.replace(sampling, steps=local_steps)
+            return init_rings(all_layers, share, self.slots, self.height, self.width, dtype)
+
+        ring_specs = _ring_specs(local_steps)
+        self.rings: Rings = jax.jit(rings, out_shardings=self._shardings(ring_specs))()
+        self._steps, self._step_specs = self._stage_steps()
+        text = (config.layers, self.slots, config.text_len, config.heads, config.head_dim)
+        heads = P(None, None, None, TENSOR, None)
+
+        def zeros() -> KV:
+            return KV(jnp.zeros(text, dtype), jnp.zeros(text, dtype))
+
+        self.text: KV = jax.jit(zeros, out_shardings=self._sharding(heads))()
+        self._set_text = jax.jit(_set_text, donate_argnums=1, out_shardings=self._sharding(heads))
+        self._write_rings = _sink_writer(self.mesh, self.rings)
+        rows, columns = self.height // config.patch, self.width // config.patch
+        mask = (self.slots, self.speakers, config.block_frames, rows, columns)
+        self.actor_mask = jax.device_put(np.ones(mask, np.float32), self._sharding(P()))
+        idle = self._host_packet({})
+        self._packet = jax.tree.map(self._broadcast_stages, idle)  # donated at every tick
+        self._idle = jax.tree.map(self._broadcast_stages, idle)
+        self._tick = self._compile_tick()
+
+    def _stage_steps(self) -> tuple[Steps, Steps]:
+        """Embedded timesteps and noise levels, merged over stages, and their partition."""
+        config, stages = self.config, self.layout.stages
+        local = self.sampling.steps // stages
+        steps = schedule(self.sampling)
+
+        def embed(dit: CausalDiT, timesteps: np.ndarray) -> Times:
+            grid = np.repeat(timesteps[:, None], config.block_frames, axis=1)
+            return dit.embed_time(jnp.asarray(timestep_sinusoid(grid, config.freq_dim)))
+
+        by_stage = np.asarray(steps.timesteps, np.float64).reshape(stages, local)
+        times = tuple(
+            jax.jit(functools.partial(embed, timesteps=by_stage[:, j]))(self.dit) for j in range(local)
+        )
+        sigmas = np.stack([steps.sigmas[s * local : (s + 1) * local + 1] for s in range(stages)])
+        value = Steps(times, sigmas.reshape(-1).astype(np.float32))
+        specs = jax.tree.map(lambda _: P(STAGE), value)
+        return jax.device_put(value, self._shardings(specs)), specs
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _shardings(self, specs: Any) -> Any:
+        return jax.tree.map(self._sharding, specs, is_leaf=lambda s: isinstance(s, P))
+
+    def _broadcast_stages(self, x: np.ndarray) -> Array:
+        merged = np.broadcast_to(x, (self.layout.stages, *x.shape)).reshape(-1, *x.shape[1:])
+        return jax.device_put(merged, self._sharding(P(STAGE)))
+
+    # ---- one tick ----------------------------------------------------------------------------------------
+
+    def _compile_tick(self) -> Any:
+        specs = jax.tree.map(lambda _: P(STAGE), self._packet)
+        ring_specs = jax.tree.map(lambda _: P(STAGE), self.rings)
+        replicated = jax.tree.map(lambda _: P(), (self.dit, self.text, self.actor_mask))
+        body = functools.partial(
+            _stage_tick, stages=self.layout.stages, use_mask=self.speakers > 1, batch=self.slots
+        )
+        mapped = jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(*replicated, self._step_specs, ring_specs, specs, specs),
+            out_specs=(P(STAGE), specs, ring_specs),
+            axis_names={STAGE},  # the tensor axis stays automatic
+            check_vma=False,
+        )
+        # Where results lie is spelled out: left to the compiler it may change, and the next tick recompile.
+        out = (
+            self._sharding(P(STAGE)),
+            self._shardings(specs),
+            jax.tree.map(lambda ring: ring.sharding, self.rings),
+        )
+        return jax.jit(mapped, donate_argnums=(4, 5), out_shardings=out)
+
+    def tick(self, feeds: Mapping[int, Feed] | None = None) -> list[Finished]:
+        """Every stage does its step and hands on; `feeds` (by slot) enter stage 0.
+
+        Returns the blocks that the last stage finished in this tick. Asynchronous: arrays may still be
+        computed when it returns.
+        """
+        feeds = feeds or {}
+        for slot, feed in feeds.items():
+            if feed.index != self._next_block[slot]:
+                raise ValueError(f"slot {slot} expects block {self._next_block[slot]}, not {feed.index}")
+            self._next_block[slot] += 1
+        self._advance_sink_changes()
+        fresh = self._fresh(feeds)
+        done, self._packet, self.rings = self._tick(
+            self.dit, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
+        )
+        self.in_flight = [{slot: feed.index for slot, feed in feeds.items()}, *self.in_flight[:-1]]
+        finished = self.in_flight[-1]
+        if not finished:
+            return []
+        last = done.addressable_shards[-1].data
+        return [Finished(slot, index, last[slot : slot + 1]) for slot, index in finished.items()]
+
+    def lower_tick(self) -> jax.stages.Lowered:
+        """The tick's program, to compile ahead of time or to look into."""
+        state = (self.rings, self._packet, self._idle)
+        return self._tick.lower(self.dit, self.text, self.actor_mask, self._steps, *state)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any block is on its way (the last stage's has already come out)."""
+        return any(self.in_flight[:-1])
+
+    def _host_packet(self, feeds: Mapping[int, Feed]) -> Packet:
+        """The packet without its noise, as host arrays; rows without a block get an idle plan."""
+        config, sampling = self.config, self.sampling
+        plans, inputs = [], []
+        for slot in range(self.slots):
+            feed = feeds.get(slot)
+            index = feed.index if feed else self._next_block[slot]
+            distances = feed.distances if feed else [0] * sampling.steps
+            plans.append(plan_block(config, sampling, index, self.height, self.width, distances))
+            inputs.append(feed.inputs if feed else None)
+        frames, channels = config.block_frames, config.latent_channels
+        video_frames = 4 * frames
+        silent = np.zeros((self.speakers, config.audio_layers, config.audio_dim, video_frames), np.float32)
+        no_pose = np.zeros((frames, self.height, self.width, channels), np.float32)
+
+        def pose(given: BlockInput | None) -> np.ndarray:
+            return no_pose if given is None or given.pose is None else np.asarray(given.pose)[0]
+
+        return Packet(
+            latent=np.zeros((self.slots, *no_pose.shape), np.float32),
+            inputs=BlockInput(
+                np.stack([silent if given is None else np.asarray(given.audio)[0] for given in inputs]),
+                np.stack([pose(given) for given in inputs]) if config.use_pose else None,
+            ),
+            offset=np.array([plan.slot.offset for plan in plans], np.int32),
+            end=np.array([plan.slot.end for plan in plans], np.int32),
+            rope=Rope(*(np.stack([p.rope[i] for p in plans]) for i in range(2))),
+            sink_rope=Rope(*(np.stack([[r[i] for r in p.sink_ropes] for p in plans]) for i in range(2))),
+        )
+
+    def _fresh(self, feeds: Mapping[int, Feed]) -> Packet:
+        """This tick's packet on stage 0; the shards of the other stages are idle ones placed before."""
+        packet = self._host_packet(feeds)
+        first = list(self.mesh.devices[0])
+        if feeds:
+            rows = [feeds[s].noise if s in feeds else None for s in range(self.slots)]
+            latent = _stack_noise(rows, packet.latent)
+            packet = packet._replace(latent=latent)
+
+        def place(new: Any, idle: Array) -> Array:
+            own = {shard.device: shard.data for shard in idle.addressable_shards}
+            own |= {device: jax.device_put(new, device) for device in first}
+            return jax.make_array_from_single_device_arrays(idle.shape, idle.sharding, list(own.values()))
+
+        return jax.tree.map(place, packet, self._idle)
+
+    # ---- sessions ----------------------------------------------------------------------------------------
+
+    def open(self, slot: int, conditions: Conditions) -> None:
+        """Start a new video in a slot: its prompt, its sink, a primed decoder, block 0 next."""
+        if conditions.reference.shape[2:4] != (self.height, self.width):
+            raise ValueError(f"the pipeline was built for latents of {self.height} x {self.width}")
+        self._next_block[slot] = 0
+        self._sink_changes = [change for change in self._sink_changes if change.slot != slot]
+        self.set_text(slot, conditions.text)
+        if conditions.actor_mask is not None:
+            self.actor_mask = self.actor_mask.at[slot].set(conditions.actor_mask[0])
+        self.set_sink(slot, conditions.reference, conditions.motion, at_once=True)
+        still = jax.device_put(conditions.still, self.decoder_device)
+        self.decoders[slot] = StreamDecoder(self.vae, still, self.sampling.drop_first_frames)
+
+    def set_text(self, slot: int, text_1SE: Array) -> None:
+        """A prompt for the blocks from now on, those in flight included."""
+        text = jax.device_put(text_1SE, self._sharding(P()))
+        self.text = self._set_text(self.dit, self.text, text, jnp.int32(slot))
+
+    def set_sink(
+        self, slot: int, reference: Array, motion: Array | None = None, *, at_once: bool = False
+    ) -> None:
+        """A new sink: for all stages `at_once`, or from the next block on, which takes it along the stages."""
+        if not self.sampling.sink:
+            return
+        motion = motion if uses_motion(self.config, self.sampling) else None
+        given = jax.device_put((reference, motion), self._sharding(P()))
+        sink = _sink_of(
+            self.dit, *given, self.text, jnp.int32(slot), half_table=self.sampling.half_rope_table
+        )
+        if at_once:
+            self._write_sink(slot, sink, np.ones(self.layout.stages, bool))
+        else:
+            self._sink_changes.append(_SinkChange(slot, sink))
+
+    def _advance_sink_changes(self) -> None:
+        """A changed sink reaches each stage together with the first block behind it."""
+        for change in self._sink_changes:
+            self._write_sink(change.slot, change.sink, np.arange(self.layout.stages) == change.next_stage)
+            change.next_stage += 1
+        self._sink_changes = [c for c in self._sink_changes if c.next_stage < self.layout.stages]
+
+    def _write_sink(self, slot: int, sink: KV, stages: np.ndarray) -> None:
+        where = jax.device_put(stages, self._sharding(P(STAGE)))
+        self.rings = self._write_rings(self.rings, sink, jnp.int32(slot), where)
+
+    def decode(self, block: Finished) -> Float[Array, "1 T H W 3"]:
+        """The frames of a finished block; each slot's blocks in order."""
+        decoder = self.decoders[block.slot]
+        if decoder is None:
+            raise ValueError(f"slot {block.slot} is not open")
+        return decoder(jax.device_put(block.latent, self.decoder_device))
+
+
+def _check(sampling: SamplingConfig, layout: PipelineLayout) -> None:
+    if sampling.steps % layout.stages:
+        raise ValueError(f"{layout.stages} stages do not divide {sampling.steps} steps evenly")
+    if sampling.history != "noisy":
+        raise ValueError(f"history={sampling.history!r} shares one ring between steps; a pipeline cannot")
+    if sampling.decode != "stream":
+        raise ValueError(f"a pipeline decodes as a stream, not decode={sampling.decode!r}")
+
+
+def _ring_specs(count: int) -> Rings:
+    spec = P(STAGE, None, None, TENSOR, None)
+    return tuple(RingCache(spec, spec, spec) for _ in range(count))  # type: ignore[arg-type]
+
+
+def _stage_tick(
+    dit: CausalDiT,
+    text: KV,
+    actor_mask: Array,
+    steps: Steps,
+    rings: Rings,
+    received: Packet,
+    fresh: Packet,
+    *,
+    stages: int,
+    use_mask: bool,
+    batch: int,
+) -> tuple[Array, Packet, Rings]:
+    """The local view of one stage -> (its latents, the packet for the next stage, its rings)."""
+    stage = jax.lax.axis_index(STAGE)
+    packet: Packet = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, old), fresh, received)
+    first = stage * len(rings)
+
+    def sink_rope(step: int) -> Rope:
+        return Rope(
+            *(jax.lax.dynamic_index_in_dim(x, first + step, 1, keepdims=False) for x in packet.sink_rope)
+        )
+
+    plan = BlockPlan(
+        RingSlot(packet.offset, packet.end), packet.rope, tuple(sink_rope(j) for j in range(len(rings)))
+    )
+    session = Session(
+        text=text,
+        times=jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), steps.times),
+        sigmas=steps.sigmas,
+        history_times=None,
+        history_sigma=jnp.float32(0),
+        actor_mask=actor_mask if use_mask else None,
+    )
+    latent, _, rings = denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
+    packet = packet._replace(latent=latent)
+    hops = [(i, i + 1) for i in range(stages - 1)]
+    return latent, jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, hops), packet), rings
+
+
+def _stack_noise(rows: list[Array | None], zeros: np.ndarray) -> Array | np.ndarray:
+    if len(rows) == 1 and rows[0] is not None:
+        return rows[0]
+    return np.concatenate([zeros[:1] if row is None else np.asarray(row) for row in rows])
+
+
+def _set_text(dit: CausalDiT, text: KV, states_1SE: Array, slot: Array) -> KV:
+    new = dit.text_keys_values(states_1SE)
+    return jax.tree.map(
+        lambda old, x: jax.lax.dynamic_update_slice(old, x.astype(old.dtype), (0, slot, 0, 0, 0)), text, new
+    )
+
+
+@functools.partial(jax.jit, static_argnames="half_table")
+def _sink_of(
+    dit: CausalDiT, reference: Array, motion: Array | None, text: KV, slot: Array, *, half_table: bool
+) -> KV:
+    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 1), text)
+    return sink_keys_values(dit, reference, motion, own, half_table=half_table)
+
+
+def _sink_writer(mesh: Mesh, rings: Rings) -> Any:
+    """Compiled `(rings, sink, slot, stages [stage] bool) -> rings`; the rings are updated in place."""
+
+    def write(rings: Rings, sink: KV, slot: Array, here: Array) -> Rings:
+        def put(buffer: Array, new: Array) -> Array:
+            size = (buffer.shape[0], 1, new.shape[2], *buffer.shape[3:])
+            at = (0, slot, 0, 0, 0)
+            old = jax.lax.dynamic_slice(buffer, at, size)
+            return jax.lax.dynamic_update_slice(buffer, jnp.where(here[0], new.astype(buffer.dtype), old), at)
+
+        return tuple(
+            dataclasses.replace(ring, v=put(ring.v, sink.v), sink_k=put(ring.sink_k, sink.k))
+            for ring in rings
+        )
+
+    specs = jax.tree.map(lambda _: P(STAGE), rings)
+    mapped = jax.shard_map(
+        write,
+        mesh=mesh,
+        in_specs=(specs, P(), P(), P(STAGE)),
+        out_specs=specs,
+        axis_names={STAGE},
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0, out_shardings=jax.tree.map(lambda ring: ring.sharding, rings))
