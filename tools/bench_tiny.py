@@ -43,7 +43,8 @@ from lavatar_jax.inference.denoise import (
     start_session,
     uses_motion,
 )
-from lavatar_jax.inference.talk import feature_blocks, photo_conditions, talk
+from lavatar_jax.inference.listen import feature_blocks, make_stream
+from lavatar_jax.inference.talk import photo_conditions, talk
 from lavatar_jax.inference.video import VideoWriter
 from lavatar_jax.models.attention import ring_slot
 from lavatar_jax.models.audio_encoder import encode_audio
@@ -78,7 +79,7 @@ def parts(avatar: Avatar) -> dict[str, float]:
     motion = conditions.motion if uses_motion(config.dit, sampling) else None
     rings = fill_sink(dit, rings, conditions.reference, motion, session.text, half_table=False)
     distances = [20] * (sampling.steps + 1)
-    feature = next(feature_blocks(config.log_mel, [sound], frames))
+    feature = next(feature_blocks(make_stream(avatar), [sound], frames))
     inputs = BlockInput(jnp.asarray(feature[None, None]))
     noise = jnp.zeros((1, config.dit.block_frames, size, size, config.dit.latent_channels))
     plan = plan_block(config.dit, sampling, 1000, size, size, distances)
@@ -90,7 +91,7 @@ def parts(avatar: Avatar) -> dict[str, float]:
 
     decoder = StreamDecoder(avatar.vae, conditions.still, 0)
     result = {
-        "features": best_ms(lambda: list(feature_blocks(config.log_mel, [sound], frames)))
+        "features": best_ms(lambda: list(feature_blocks(make_stream(avatar), [sound], frames)))
         / (16_000 / 640 / frames),
         "positions": best_ms(lambda: plan_block(config.dit, sampling, 1000, size, size, distances)),
         f"denoise ({sampling.steps} steps)": best_ms(denoise, 5),

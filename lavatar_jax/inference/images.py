@@ -76,6 +76,14 @@ def _round_up(side: int) -> int:
     return -(-side // DIVISOR) * DIVISOR
 
 
+def video_size(image: np.ndarray, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the video for an image [H, W, 3]: `image_size` of the model's configuration is a
+    fixed square, or the sides of the largest area (`size_less_than_area`)."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    return size_less_than_area(*image.shape[:2], math.prod(image_size))
+
+
 def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """The reference's preprocessing: short side to min(height, width), then a centre crop; uint8 [h, w, 3].
 

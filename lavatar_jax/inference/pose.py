@@ -1,0 +1,58 @@
+"""A video of poses as latents that follow the blocks of the rollout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from lavatar_jax.inference.conditions import to_signed
+from lavatar_jax.inference.images import resize_and_crop
+from lavatar_jax.models.vae import CausalVAE
+
+
+class PoseEncoder:
+    """Pose video -> pose latents, block by block; after its end the last frame is held.
+
+    As in the reference, frames are resized and cropped as the photo is, and every clip is encoded by itself
+    behind one copy of its first frame, whose latent is dropped.
+    """
+
+    def __init__(
+        self,
+        vae: CausalVAE,
+        frames: Iterable[UInt8[np.ndarray, "T H W 3"]],
+        clip_blocks: int,
+        *,
+        height: int,
+        width: int,
+    ) -> None:
+        self.vae, self.clip_blocks, self.height, self.width = vae, clip_blocks, height, width
+        self._frames = (frame for piece in frames for frame in piece)
+
+    def __iter__(self) -> Iterator[Float[Array, "1 F H W C"]]:
+        block, last = 0, np.zeros((self.height, self.width, 3), np.uint8)
+        cache: Any = None
+        while True:
+            frames = []
+            for _ in range(3 * self.vae.config.temporal_factor):
+                frame = next(self._frames, None)
+                last = last if frame is None else resize_and_crop(frame, self.height, self.width)
+                frames.append(last)
+            video = jnp.asarray(to_signed(np.stack(frames)))[None]
+            if block % self.clip_blocks == 0:
+                empty = self.vae.init_encode_cache(1, self.height, self.width)
+                _, cache = _encode_stream(self.vae, video[:, :1], empty, first=True)
+            latent, cache = _encode_stream(self.vae, video, cache, first=False)
+            yield latent
+            block += 1
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def _encode_stream(vae: CausalVAE, video: Array, cache: Any, *, first: bool) -> tuple[Array, Any]:
+    return vae.stream_encode(video, cache, first=first)
