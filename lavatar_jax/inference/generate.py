@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tyro.conf import arg
 
+from lavatar_jax.config import SAMPLING_PRESETS
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.contact_sheet import ContactSheet
-from lavatar_jax.inference.images import load_image
+from lavatar_jax.inference.images import DIVISOR, load_image, video_size
 from lavatar_jax.inference.output import check_output, write_png
 from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
 from lavatar_jax.inference.video import VideoWriter, read_frames
 
 SAMPLES = Path(__file__).parents[1] / "samples"
+LONGEST_WHOLE = 120  # seconds; wav2vec2 attends over a whole recording, which costs the square of its length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,12 @@ class Generate:
     """Same seed, same video."""
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Denoising steps a block (default: as the model was made for, 4 for tiny)."""
+    preset: Literal["release-single", "release-tpp", "paper"] | None = None
+    """How blocks are denoised, remembered and decoded (default: as the model was made for)."""
+    size: Annotated[str | None, arg(metavar="WxH")] = None
+    """Largest video, e.g. 704x384: its area counts, the proportions are the photo's."""
+    streaming_audio: bool = False
+    """Hear the recording piece by piece, as in a live session, not all at once (always over 2 minutes)."""
     model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
     """The bundled small model, or a folder with a converted one."""
     devices: int = 1
@@ -53,7 +62,7 @@ class Generate:
 
     def run(self) -> None:
         """Checks everything a user gave, then loads the model and makes the video. Raises UserError."""
-        self._check_numbers()
+        size = self._check_numbers()
         out, sheet_path = self._check_outputs()
         image = load_image(self.image)
         sound = load_sound(self.audio)
@@ -62,20 +71,45 @@ class Generate:
 
         # Imported only now: finding a mistake takes less time than importing jax.
         from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
-        from lavatar_jax.inference.talk import photo_conditions, talk
+        from lavatar_jax.inference.talk import photo_conditions, read_prompt, talk
         from lavatar_jax.models.speech_level import normalise_level
 
-        config = load_config(model_folder(self.model))
+        folder = model_folder(self.model)
+        config = load_config(folder)
         if self.pose and not config.dit.use_pose:
             raise UserError(
                 f"--pose {self.pose}: the model {self.model} was trained without poses; leave it out"
             )
-        sampling = dataclasses.replace(config.sampling, steps=self.steps or config.sampling.steps)
+        if size and isinstance(config.image_size, int):
+            raise UserError(
+                f"--size {self.size}: the model {self.model} was trained for squares of "
+                f"{config.image_size} pixels only; leave it out"
+            )
+        video_size(image, size or config.image_size)
+        sampling = SAMPLING_PRESETS[self.preset] if self.preset else config.sampling
+        sampling = dataclasses.replace(sampling, steps=self.steps or sampling.steps)
+        prompt = self.prompt if config.text is None else read_prompt(folder, config, self.prompt)
         avatar = load_model_folder(self.model)
-        conditions = photo_conditions(avatar, image, self.prompt, sampling)
+        conditions = photo_conditions(avatar, image, prompt, sampling, image_size=size)
         pose = (frame[None] for frame in read_frames(self.pose)) if self.pose else None
-        samples = normalise_level(sound.samples)
-        blocks = talk(avatar, conditions, samples, seed=self.seed, sampling=sampling, pose=pose)
+        samples, streaming = sound.samples, self.streaming_audio
+        if config.speech is None:  # wav2vec2 normalises what it hears by itself
+            samples = normalise_level(samples)
+        elif sound.seconds > LONGEST_WHOLE and not streaming:
+            print(
+                f"note: {sound.seconds:.0f} s of sound are heard piece by piece (--streaming-audio)",
+                file=sys.stderr,
+            )
+            streaming = True
+        blocks = talk(
+            avatar,
+            conditions,
+            samples,
+            seed=self.seed,
+            sampling=sampling,
+            pose=pose,
+            streaming=streaming,
+        )
         fps = config.fps
         total = -(-len(sound.samples) * fps // SAMPLE_RATE)
         sheet = ContactSheet(total)
@@ -95,7 +129,8 @@ class Generate:
             write_png(sheet_path, sheet.image())
             print(f"{sheet_path}: contact sheet")
 
-    def _check_numbers(self) -> None:
+    def _check_numbers(self) -> tuple[int, int] | None:
+        """Returns the size, (height, width)."""
         limits = {"seed": (0, 2**32 - 1), "steps": (1, 1000), "devices": (1, 1024), "scale": (1, 16)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -103,6 +138,12 @@ class Generate:
                 raise UserError(f"--{name} {value}: give a number from {low} to {high}")
         if self.devices > 1:
             raise UserError(f"--devices {self.devices}: generate uses one device so far; leave it out")
+        if self.size is None:
+            return None
+        sides = re.fullmatch(r"(\d{2,4})[x*](\d{2,4})", self.size)
+        if not sides or not all(DIVISOR <= int(side) <= 4096 for side in sides.groups()):
+            raise UserError(f"--size {self.size}: give two sides from {DIVISOR} to 4096, as in 704x384")
+        return int(sides[2]), int(sides[1])
 
     def _check_outputs(self) -> tuple[Path, Path | None]:
         out = check_output(self.out, ".mp4")

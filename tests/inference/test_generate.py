@@ -4,6 +4,7 @@ The stand-in paints frames that count, so cuts and repetitions would show. Every
 on stderr, exit code 2, and leave no file behind; and none may be found only after the model was loaded.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,11 +22,11 @@ from PIL import Image
 import serve
 from lavatar_jax.checkpoints import store
 from lavatar_jax.cli import run
-from lavatar_jax.config import SamplingConfig
+from lavatar_jax.config import PAPER, RELEASE_SINGLE, SamplingConfig
 from lavatar_jax.inference import generate, video
 from lavatar_jax.inference import talk as talking
 from lavatar_jax.inference.images import load_image
-from lavatar_jax.inference.sound import SAMPLE_RATE
+from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
 from lavatar_jax.inference.video import read_video
 
 SIZE = 32
@@ -35,7 +36,12 @@ class StandIn:
     """Takes the place of the model folder, `photo_conditions` and `talk`; remembers what it was asked."""
 
     config = SimpleNamespace(
-        fps=25, image_size=SIZE, dit=SimpleNamespace(use_pose=False), sampling=SamplingConfig(steps=4)
+        fps=25,
+        image_size=SIZE,
+        dit=SimpleNamespace(use_pose=False),
+        sampling=SamplingConfig(steps=4),
+        speech=None,
+        text=None,
     )
 
     def __init__(self, first_block: int = 12) -> None:
@@ -56,9 +62,15 @@ class StandIn:
         return SimpleNamespace(config=self.config)
 
     def photo_conditions(
-        self, avatar: SimpleNamespace, image: np.ndarray, prompt: str, sampling: SamplingConfig
+        self,
+        avatar: SimpleNamespace,
+        image: np.ndarray,
+        prompt: str,
+        sampling: SamplingConfig,
+        *,
+        image_size: tuple[int, int] | None,
     ) -> str:
-        self.asked |= {"image": image, "prompt": prompt}
+        self.asked |= {"image": image, "prompt": prompt, "image_size": image_size}
         return "conditions"
 
     def talk(
@@ -70,8 +82,10 @@ class StandIn:
         seed: int,
         sampling: SamplingConfig,
         pose: Iterator[np.ndarray] | None,
+        streaming: bool,
     ) -> Iterator[np.ndarray]:
         self.asked |= {"sound": sound, "seed": seed, "steps": sampling.steps, "pose": pose and list(pose)}
+        self.asked |= {"sampling": sampling, "streaming": streaming}
         start = 0
         for index in range(10_000):  # never ends by itself: the caller cuts
             self.before_block(index)
@@ -121,6 +135,34 @@ def test_frames_sound_and_options_arrive(
     assert "out.mp4: 1.1 s of video" in out
     assert "sheet.png" in out
     assert err == ""
+
+
+def test_presets_and_sizes_arrive(folder: Path, stand_in: StandIn) -> None:
+    stand_in.config = SimpleNamespace(**vars(stand_in.config) | {"image_size": (704, 384)})
+    assert run(lambda: serve.main([*GOOD, "--preset", "paper", "--size", "320x192"])) == 0
+    assert stand_in.asked["sampling"] == PAPER
+    assert stand_in.asked["image_size"] == (192, 320)
+    assert run(lambda: serve.main([*GOOD, "--preset", "release-single", "--steps", "2"])) == 0
+    assert stand_in.asked["sampling"] == dataclasses.replace(RELEASE_SINGLE, steps=2)
+    assert stand_in.asked["image_size"] is None
+
+
+def test_long_recordings_are_heard_as_a_stream(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wav2vec2 over a whole hour would need more memory than there is; and its input is not made louder."""
+    stand_in.config = SimpleNamespace(**vars(stand_in.config) | {"speech": object()})
+    samples = load_sound("voice.wav").samples
+    assert run(lambda: serve.main(GOOD)) == 0
+    assert not stand_in.asked["streaming"]
+    np.testing.assert_array_equal(stand_in.asked["sound"], samples)
+    assert run(lambda: serve.main([*GOOD, "--streaming-audio"])) == 0
+    assert stand_in.asked["streaming"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(generate, "LONGEST_WHOLE", 1)
+    assert run(lambda: serve.main(GOOD)) == 0
+    assert stand_in.asked["streaming"]
+    assert capsys.readouterr().err.startswith("note: 1 s of sound are heard piece by piece")
 
 
 def test_without_arguments_the_bundled_sample_speaks(
@@ -209,6 +251,10 @@ MISTAKES = {
     "seed too large": ("--seed", str(2**32), nothing, "--seed"),
     "devices zero": ("--devices", "0", nothing, "--devices 0"),
     "devices too many": ("--devices", "99", nothing, "--devices 99"),
+    "size not two sides": ("--size", "704", nothing, "as in 704x384"),
+    "size too small": ("--size", "704x63", nothing, "from 64"),
+    "size of a fixed model": ("--size", "704x384", nothing, "leave it out"),
+    "unknown preset": ("--preset", "best", nothing, "release-tpp"),
     "scale zero": ("--scale", "0", nothing, "--scale 0"),
     "scale huge": ("--scale", "100", nothing, "--scale 100"),
 }
