@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ class StreamDecoder:
         cache = vae.init_decode_cache(batch, height, width)
         # The still image fills the caches, so that the video does not begin out of nothing.
         _, self._cache = _stream(vae, still_BFHWC, cache, first=True)
+
+    @classmethod
+    def from_state(cls, vae: CausalVAE, cache: Any, drop_first: int) -> Self:
+        """Go on where `state` was taken."""
+        decoder = cls.__new__(cls)
+        decoder.vae, decoder._cache, decoder._drop = vae, cache, drop_first
+        return decoder
+
+    def state(self) -> tuple[Any, int]:
+        """The caches, and how many frames of the next block are dropped. Donated by the next block: copy."""
+        return self._cache, self._drop
 
     def __call__(self, latent_BFHWC: Float[Array, "B F H W C"]) -> Float[Array, "B T H W 3"]:
         video, self._cache = _stream(self.vae, latent_BFHWC, self._cache, first=False)

@@ -1,12 +1,9 @@
 """Timestep-forcing pipeline parallelism: every denoising step lives on its own device (paper section 3.2).
 
 A block enters stage 0 as noise, runs that stage's step against the stage's own ring of keys, and hops on;
-after the last stage it is decoded. Only packets move. All stages run the same program (`_stage_tick`) under
+after the last stage it is decoded. Only packets move. All stages run the same program (`stage_tick`) under
 shard_map; what a stage does to a packet is `denoise_block` with that stage's share of the steps, so a
 pipeline of one stage is the sequential rollout.
-
-State arrays merge the stage with their leading axis (`[stage * L, B, S, N, H]`, `[stage * B, ...]`, spec
-P("stage")), so that the local view of a stage is exactly the single-device code's.
 
 Rows of the batch are `slots`: independent videos, each at its own block. A row without a block in a tick
 still computes (a bubble), but at the ring slot that its next block will overwrite before attending to it,
@@ -17,53 +14,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.decode import StreamDecoder
-from lavatar_jax.inference.denoise import (
-    BlockPlan,
-    Rings,
-    Session,
-    denoise_block,
-    init_rings,
-    plan_block,
-    schedule,
-    uses_motion,
+from lavatar_jax.inference.denoise import Rings, init_rings, plan_block, schedule, uses_motion
+from lavatar_jax.inference.stage import (
+    Packet,
+    Steps,
+    row_of,
+    row_writer,
+    set_text,
+    sink_of,
+    sink_writer,
+    stage_tick,
 )
-from lavatar_jax.models.attention import KV, RingCache, RingSlot
+from lavatar_jax.models.attention import KV, RingCache
 from lavatar_jax.models.dit import CausalDiT, Times, timestep_sinusoid
-from lavatar_jax.models.dit_forward import sink_keys_values
 from lavatar_jax.models.rope import Rope
 from lavatar_jax.models.vae import CausalVAE
 from lavatar_jax.parallel import STAGE, TENSOR, PipelineLayout, place_model, stage_mesh, take_devices
 from lavatar_jax.types import BlockInput, Conditions
-
-
-class Packet(NamedTuple):
-    """What travels from stage to stage: a block's latent, its inputs, and its place in time. B: slots."""
-
-    latent: Float[Array, "B F H W C"]
-    inputs: BlockInput
-    offset: Int[Array, " B"]  # see RingSlot
-    end: Int[Array, " B"]
-    rope: Rope  # [B, T, half]
-    sink_rope: Rope  # [B, steps, C, half]: one for every forward of the block
-
-
-class Steps(NamedTuple):
-    """A stage's share of the denoising steps: what `start_session` embeds, without the text."""
-
-    times: tuple[Times, ...]  # [1, F, D]
-    sigmas: Float[Array, " levels"]
 
 
 class Feed(NamedTuple):
@@ -83,12 +62,23 @@ class Finished(NamedTuple):
     latent: Float[Array, "1 F H W C"]
 
 
+class SlotState(NamedTuple):
+    """Everything a slot's video needs to go on, on another pipeline too: arrays and plain numbers."""
+
+    next_block: int
+    rings: RingCache  # of every step: leaves [steps, L, 1, ...]
+    text: KV
+    actor_mask: np.ndarray
+    decoder: Any  # cache of the streaming decoder
+    drop_frames: int  # of the decoder's next block
+
+
 @dataclasses.dataclass
-class _SinkChange:
-    """A new sink on its way along the stages, in front of the first block that shall see it."""
+class _Change:
+    """A write into the rings of a slot that takes effect behind its last block, stage after stage."""
 
     slot: int
-    sink: KV
+    write: Callable[[np.ndarray], None]  # told which stages [stage] bool
     next_stage: int = 0
 
 
@@ -127,7 +117,7 @@ class Pipeline:
         # Whose block each stage holds, newest first; the host knows without asking the devices.
         self.in_flight: list[dict[int, int]] = [{} for _ in range(layout.stages)]
         self._next_block = [0] * slots
-        self._sink_changes: list[_SinkChange] = []
+        self._changes: list[_Change] = []
         self._init_state()
 
     # ---- state -------------------------------------------------------------------------------------------
@@ -152,8 +142,9 @@ class Pipeline:
             return KV(jnp.zeros(text, dtype), jnp.zeros(text, dtype))
 
         self.text: KV = jax.jit(zeros, out_shardings=self._sharding(heads))()
-        self._set_text = jax.jit(_set_text, donate_argnums=1, out_shardings=self._sharding(heads))
-        self._write_rings = _sink_writer(self.mesh, self.rings)
+        self._set_text = jax.jit(set_text, donate_argnums=1, out_shardings=self._sharding(heads))
+        self._sink_writer = sink_writer(self.mesh, self.rings)
+        self._row_writer = row_writer(self.mesh, self.rings)
         rows, columns = self.height // config.patch, self.width // config.patch
         mask = (self.slots, self.speakers, config.block_frames, rows, columns)
         self.actor_mask = jax.device_put(np.ones(mask, np.float32), self._sharding(P()))
@@ -198,7 +189,7 @@ class Pipeline:
         ring_specs = jax.tree.map(lambda _: P(STAGE), self.rings)
         replicated = jax.tree.map(lambda _: P(), (self.dit, self.text, self.actor_mask))
         body = functools.partial(
-            _stage_tick, stages=self.layout.stages, use_mask=self.speakers > 1, batch=self.slots
+            stage_tick, stages=self.layout.stages, use_mask=self.speakers > 1, batch=self.slots
         )
         mapped = jax.shard_map(
             body,
@@ -227,7 +218,7 @@ class Pipeline:
             if feed.index != self._next_block[slot]:
                 raise ValueError(f"slot {slot} expects block {self._next_block[slot]}, not {feed.index}")
             self._next_block[slot] += 1
-        self._advance_sink_changes()
+        self._advance_changes()
         fresh = self._fresh(feeds)
         done, self._packet, self.rings = self._tick(
             self.dit, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
@@ -301,14 +292,75 @@ class Pipeline:
         """Start a new video in a slot: its prompt, its sink, a primed decoder, block 0 next."""
         if conditions.reference.shape[2:4] != (self.height, self.width):
             raise ValueError(f"the pipeline was built for latents of {self.height} x {self.width}")
-        self._next_block[slot] = 0
-        self._sink_changes = [change for change in self._sink_changes if change.slot != slot]
+        self._clear(slot, next_block=0)
         self.set_text(slot, conditions.text)
         if conditions.actor_mask is not None:
-            self.actor_mask = self.actor_mask.at[slot].set(conditions.actor_mask[0])
+            self._set_mask(slot, conditions.actor_mask)
         self.set_sink(slot, conditions.reference, conditions.motion, at_once=True)
         still = jax.device_put(conditions.still, self.decoder_device)
         self.decoders[slot] = StreamDecoder(self.vae, still, self.sampling.drop_first_frames)
+
+    def close(self, slot: int) -> None:
+        """Forget a slot's video; its blocks in flight never come out."""
+        self._clear(slot, next_block=0)
+        self.decoders[slot] = None
+
+    def _clear(self, slot: int, next_block: int) -> None:
+        self._next_block[slot] = next_block
+        self._changes = [change for change in self._changes if change.slot != slot]
+        for blocks in self.in_flight:
+            blocks.pop(slot, None)
+
+    def save(self, slot: int) -> SlotState:
+        """A slot's state as host arrays, once its blocks have come out. Raises ValueError before that."""
+        decoder = self.decoders[slot]
+        if decoder is None or any(slot in blocks for blocks in self.in_flight[:-1]) or self._changes:
+            raise ValueError(
+                f"slot {slot} is not open, or blocks of it are in flight: tick until they are out"
+            )
+        rows = jax.device_get(row_of(self.rings, jnp.int32(slot)))
+        stages = self.layout.stages
+
+        def by_step(*shares: np.ndarray) -> np.ndarray:  # of the local steps, [stage * L, ...] each
+            split = [share.reshape(stages, self.config.layers, *share.shape[1:]) for share in shares]
+            return np.stack(split, axis=1).reshape(
+                self.sampling.steps, self.config.layers, *shares[0].shape[1:]
+            )
+
+        cache, drop = decoder.state()
+        return SlotState(
+            next_block=self._next_block[slot],
+            rings=jax.tree.map(by_step, *rows),
+            text=jax.tree.map(lambda x: np.asarray(x[:, slot : slot + 1]), self.text),
+            actor_mask=np.asarray(self.actor_mask[slot : slot + 1]),
+            decoder=jax.device_get(cache),
+            drop_frames=drop,
+        )
+
+    def load(self, slot: int, state: SlotState) -> None:
+        """Go on with a saved video in a slot, bit for bit as it would have gone on where it was saved."""
+        stages, local = self.layout.stages, len(self.rings)
+
+        def share(leaf: np.ndarray, j: int) -> np.ndarray:
+            split = leaf.reshape(stages, local, *leaf.shape[1:])[:, j]
+            return split.reshape(-1, *leaf.shape[2:])
+
+        self._clear(slot, next_block=state.next_block)
+        rows = tuple(jax.tree.map(functools.partial(share, j=j), state.rings) for j in range(local))
+        placed = jax.device_put(rows, jax.tree.map(lambda ring: ring.sharding, self.rings))
+        # Bubbles of the slot's past are still on their way: they must pass before the rows are written.
+        self._changes.append(_Change(slot, functools.partial(self._write_row, slot, placed)))
+        put = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, slot, 0, 0, 0))
+        new = jax.device_put(state.text, self.text.k.sharding)
+        self.text = jax.device_put(jax.tree.map(put, self.text, new), self.text.k.sharding)
+        self._set_mask(slot, state.actor_mask)
+        cache = jax.device_put(state.decoder, self.decoder_device)
+        self.decoders[slot] = StreamDecoder.from_state(self.vae, cache, state.drop_frames)
+
+    def _set_mask(self, slot: int, mask: Any) -> None:
+        masks = np.asarray(self.actor_mask).copy()
+        masks[slot] = np.asarray(mask)[0]
+        self.actor_mask = jax.device_put(masks, self._sharding(P()))
 
     def set_text(self, slot: int, text_1SE: Array) -> None:
         """A prompt for the blocks from now on, those in flight included."""
@@ -318,29 +370,32 @@ class Pipeline:
     def set_sink(
         self, slot: int, reference: Array, motion: Array | None = None, *, at_once: bool = False
     ) -> None:
-        """A new sink: for all stages `at_once`, or from the next block on, which takes it along the stages."""
+        """A new sink: for all stages `at_once`, or from the next block on, which takes it along."""
         if not self.sampling.sink:
             return
         motion = motion if uses_motion(self.config, self.sampling) else None
         given = jax.device_put((reference, motion), self._sharding(P()))
-        sink = _sink_of(
-            self.dit, *given, self.text, jnp.int32(slot), half_table=self.sampling.half_rope_table
-        )
+        sink = sink_of(self.dit, *given, self.text, jnp.int32(slot), half_table=self.sampling.half_rope_table)
+        write = functools.partial(self._write_sink, slot, sink)
         if at_once:
-            self._write_sink(slot, sink, np.ones(self.layout.stages, bool))
+            write(np.ones(self.layout.stages, bool))
         else:
-            self._sink_changes.append(_SinkChange(slot, sink))
+            self._changes.append(_Change(slot, write))
 
-    def _advance_sink_changes(self) -> None:
-        """A changed sink reaches each stage together with the first block behind it."""
-        for change in self._sink_changes:
-            self._write_sink(change.slot, change.sink, np.arange(self.layout.stages) == change.next_stage)
+    def _advance_changes(self) -> None:
+        """A change reaches each stage together with the first packet behind it."""
+        for change in self._changes:
+            change.write(np.arange(self.layout.stages) == change.next_stage)
             change.next_stage += 1
-        self._sink_changes = [c for c in self._sink_changes if c.next_stage < self.layout.stages]
+        self._changes = [change for change in self._changes if change.next_stage < self.layout.stages]
 
     def _write_sink(self, slot: int, sink: KV, stages: np.ndarray) -> None:
         where = jax.device_put(stages, self._sharding(P(STAGE)))
-        self.rings = self._write_rings(self.rings, sink, jnp.int32(slot), where)
+        self.rings = self._sink_writer(self.rings, sink, jnp.int32(slot), where)
+
+    def _write_row(self, slot: int, rows: Rings, stages: np.ndarray) -> None:
+        where = jax.device_put(stages, self._sharding(P(STAGE)))
+        self.rings = self._row_writer(self.rings, rows, jnp.int32(slot), where)
 
     def decode(self, block: Finished) -> Float[Array, "1 T H W 3"]:
         """The frames of a finished block; each slot's blocks in order."""
@@ -364,89 +419,7 @@ def _ring_specs(count: int) -> Rings:
     return tuple(RingCache(spec, spec, spec) for _ in range(count))  # type: ignore[arg-type]
 
 
-def _stage_tick(
-    dit: CausalDiT,
-    text: KV,
-    actor_mask: Array,
-    steps: Steps,
-    rings: Rings,
-    received: Packet,
-    fresh: Packet,
-    *,
-    stages: int,
-    use_mask: bool,
-    batch: int,
-) -> tuple[Array, Packet, Rings]:
-    """The local view of one stage -> (its latents, the packet for the next stage, its rings)."""
-    stage = jax.lax.axis_index(STAGE)
-    packet: Packet = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, old), fresh, received)
-    first = stage * len(rings)
-
-    def sink_rope(step: int) -> Rope:
-        return Rope(
-            *(jax.lax.dynamic_index_in_dim(x, first + step, 1, keepdims=False) for x in packet.sink_rope)
-        )
-
-    plan = BlockPlan(
-        RingSlot(packet.offset, packet.end), packet.rope, tuple(sink_rope(j) for j in range(len(rings)))
-    )
-    session = Session(
-        text=text,
-        times=jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), steps.times),
-        sigmas=steps.sigmas,
-        history_times=None,
-        history_sigma=jnp.float32(0),
-        actor_mask=actor_mask if use_mask else None,
-    )
-    latent, _, rings = denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
-    packet = packet._replace(latent=latent)
-    hops = [(i, i + 1) for i in range(stages - 1)]
-    return latent, jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, hops), packet), rings
-
-
 def _stack_noise(rows: list[Array | None], zeros: np.ndarray) -> Array | np.ndarray:
     if len(rows) == 1 and rows[0] is not None:
         return rows[0]
     return np.concatenate([zeros[:1] if row is None else np.asarray(row) for row in rows])
-
-
-def _set_text(dit: CausalDiT, text: KV, states_1SE: Array, slot: Array) -> KV:
-    new = dit.text_keys_values(states_1SE)
-    return jax.tree.map(
-        lambda old, x: jax.lax.dynamic_update_slice(old, x.astype(old.dtype), (0, slot, 0, 0, 0)), text, new
-    )
-
-
-@functools.partial(jax.jit, static_argnames="half_table")
-def _sink_of(
-    dit: CausalDiT, reference: Array, motion: Array | None, text: KV, slot: Array, *, half_table: bool
-) -> KV:
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 1), text)
-    return sink_keys_values(dit, reference, motion, own, half_table=half_table)
-
-
-def _sink_writer(mesh: Mesh, rings: Rings) -> Any:
-    """Compiled `(rings, sink, slot, stages [stage] bool) -> rings`; the rings are updated in place."""
-
-    def write(rings: Rings, sink: KV, slot: Array, here: Array) -> Rings:
-        def put(buffer: Array, new: Array) -> Array:
-            size = (buffer.shape[0], 1, new.shape[2], *buffer.shape[3:])
-            at = (0, slot, 0, 0, 0)
-            old = jax.lax.dynamic_slice(buffer, at, size)
-            return jax.lax.dynamic_update_slice(buffer, jnp.where(here[0], new.astype(buffer.dtype), old), at)
-
-        return tuple(
-            dataclasses.replace(ring, v=put(ring.v, sink.v), sink_k=put(ring.sink_k, sink.k))
-            for ring in rings
-        )
-
-    specs = jax.tree.map(lambda _: P(STAGE), rings)
-    mapped = jax.shard_map(
-        write,
-        mesh=mesh,
-        in_specs=(specs, P(), P(), P(STAGE)),
-        out_specs=specs,
-        axis_names={STAGE},
-        check_vma=False,
-    )
-    return jax.jit(mapped, donate_argnums=0, out_shardings=jax.tree.map(lambda ring: ring.sharding, rings))

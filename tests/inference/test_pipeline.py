@@ -261,3 +261,49 @@ def test_tensor_parallel_stages_hold_half_of_each_matrix() -> None:
 def test_refuses_what_a_pipeline_cannot_do(changes) -> None:
     with pytest.raises(ValueError, match=r"history|decode|steps"):
         make_pipeline(sampling=dataclasses.replace(SAMPLING, **changes), layout=PipelineLayout())
+
+
+@pytest.mark.parametrize("layout", [PipelineLayout(), PipelineLayout(stages=2), PipelineLayout(stages=1)])
+def test_a_saved_video_goes_on_as_if_nothing_had_happened(layout: PipelineLayout) -> None:
+    """Saved in one pipeline and restored in another, into a busy slot: bit for bit the same frames."""
+    whole = Video(make_pipeline(slots=2, layout=layout), 0, 10, 10)
+    play(whole.pipeline, 14, {0: whole}, None)
+    begun = Video(make_pipeline(slots=2, layout=layout), 0, 10, 10)
+    play(begun.pipeline, 9, {0: begun}, lambda tick: {0} if tick < 5 else set())
+    state = begun.pipeline.save(0)
+    other = make_pipeline(slots=2, layout=layout)
+    previous = Video(other, 0, 99, 5)  # what was in the slot before, and is still in flight
+    play(other, 2, {0: previous}, None)
+    other.load(0, state)
+    begun.pipeline = other
+    play(other, 12, {0: begun}, None)
+    assert len(begun.frames) == 10
+    for got, want in zip(begun.frames, whole.frames, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_saved_video_can_change_its_layout() -> None:
+    whole = Video(make_pipeline(), 0, 10, 8)
+    play(whole.pipeline, 12, {0: whole}, None)
+    begun = Video(make_pipeline(), 0, 10, 8)
+    play(begun.pipeline, 8, {0: begun}, lambda tick: {0} if tick < 4 else set())
+    other = make_pipeline(layout=PipelineLayout(stages=1, own_decoder=False))
+    other.load(0, begun.pipeline.save(0))
+    begun.pipeline = other
+    play(other, 5, {0: begun}, None)
+    assert len(begun.frames) == 8
+    np.testing.assert_allclose(begun.frames[-1], whole.frames[-1], atol=1e-5)
+
+
+def test_a_video_in_flight_cannot_be_saved() -> None:
+    pipeline = make_pipeline()
+    pipeline.tick(Video(pipeline, 0, 1, 2).feed())
+    with pytest.raises(ValueError, match="in flight"):
+        pipeline.save(0)
+
+
+def test_a_closed_video_does_not_come_out() -> None:
+    pipeline = make_pipeline()
+    pipeline.tick(Video(pipeline, 0, 1, 2).feed())
+    pipeline.close(0)
+    assert [pipeline.tick() for _ in range(5)] == [[]] * 5
