@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.parity import forwards, parts, sampling, vae
+from tools.parity import forwards, parts, sampling, speech, text, vae
 from tools.parity.case import EXACT, Case, Check, Tolerance
 
 CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
@@ -42,6 +42,8 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "08b": sampling.tpp,
     "08c": sampling.euler,
     "09": lambda case: (Check(name, got, want, (r, a)) for name, got, want, r, a in vae.check(case.folder)),
+    "10": text.umt5,
+    "11": speech.wav2vec2,
     "12": sampling.image_size,
 }
 
