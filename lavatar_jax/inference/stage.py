@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from lavatar_jax.diffusion import euler_step
 from lavatar_jax.inference.denoise import BlockPlan, Rings, Session, denoise_block
 from lavatar_jax.models.attention import KV, RingSlot
 from lavatar_jax.models.dit import CausalDiT, Times
@@ -57,7 +58,10 @@ def stage_tick(
     use_mask: bool,
     batch: int,
 ) -> tuple[Array, Packet, Rings]:
-    """The local view of one stage -> (its latents, the packet for the next stage, its rings)."""
+    """The local view of one stage -> (its x0 estimate, the packet for the next stage, its rings).
+
+    The estimate of the last stage is its latent: no noise is left there.
+    """
     stage = jax.lax.axis_index(STAGE)
     packet: Packet = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, old), fresh, received)
     first = stage * len(rings)
@@ -78,10 +82,11 @@ def stage_tick(
         history_sigma=jnp.float32(0),
         actor_mask=actor_mask if use_mask else None,
     )
-    latent, _, rings = denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
+    latent, velocities, rings = denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
     packet = packet._replace(latent=latent)
     hops = [(i, i + 1) for i in range(stages - 1)]
-    return latent, jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, hops), packet), rings
+    clean = euler_step(latent, velocities[-1], steps.sigmas[-1], 0.0)
+    return clean, jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, hops), packet), rings
 
 
 def set_text(dit: CausalDiT, text: KV, states_1SE: Array, slot: Array) -> KV:

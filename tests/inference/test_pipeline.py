@@ -307,3 +307,25 @@ def test_a_closed_video_does_not_come_out() -> None:
     pipeline.tick(Video(pipeline, 0, 1, 2).feed())
     pipeline.close(0)
     assert [pipeline.tick() for _ in range(5)] == [[]] * 5
+
+
+def test_an_early_block_comes_out_sooner_and_changes_nothing_else() -> None:
+    plain = Video(make_pipeline(), 0, 10, 6)
+    play(plain.pipeline, 10, {0: plain}, None)
+    pipeline = make_pipeline()
+    video = Video(pipeline, 0, 10, 6)
+    first = video.feed()[0]._replace(exit_stage=1)
+    finished = [pipeline.tick({0: first})]
+    finished += [pipeline.tick(video.feed()) for _ in range(9)]
+    came_out = [(tick, block.index, block.early) for tick, blocks in enumerate(finished) for block in blocks]
+    assert came_out == [(1, 0, True), *((3 + i, i, False) for i in range(6))]
+    early, final = finished[1][0], finished[3][0]
+    assert early.latent.shape == final.latent.shape
+    assert np.abs(np.asarray(early.latent) - np.asarray(final.latent)).mean() > 1e-3
+    latents = [np.asarray(block.latent) for blocks in finished for block in blocks if not block.early]
+    frames = [
+        np.asarray(pipeline.decode(block)) for blocks in finished for block in blocks if not block.early
+    ]
+    assert np.isfinite(latents[0]).all()
+    for got, want in zip(frames, plain.frames, strict=True):
+        np.testing.assert_array_equal(got, want)

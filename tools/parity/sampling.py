@@ -18,9 +18,12 @@ from lavatar_jax.diffusion import FlowSchedule, euler_step
 from lavatar_jax.inference.conditions import image_conditions, to_signed
 from lavatar_jax.inference.denoise import Rings
 from lavatar_jax.inference.images import resize_and_crop, size_less_than_area
+from lavatar_jax.inference.pipeline import Pipeline
+from lavatar_jax.inference.pipeline_rollout import pipeline_rollout
 from lavatar_jax.inference.rollout import Draws, rollout
-from lavatar_jax.models.vae import make_vae
-from lavatar_jax.types import BlockInput
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.vae import CausalVAE, make_vae
+from lavatar_jax.types import BlockInput, Conditions
 from tools.parity.case import EXACT, Case, Check, Tolerance, first, last, load_dit, pad_text, with_prefix
 
 
@@ -40,8 +43,7 @@ class _RecordedDraws(Draws):
         return self.case["relative_dist"][clip][index]
 
 
-def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[str, Any]]) -> Iterator[Check]:
-    dit = load_dit(case, "dit.")
+def _load_vae(case: Case) -> CausalVAE:
     kwargs = case["vae_config"]
     config = VAEConfig(
         width=kwargs["dim"],
@@ -52,33 +54,42 @@ def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[st
         latent_mean=tuple(case["vae_mean"]),
         latent_std=tuple(case["vae_std"]),
     )
-    vae = convert(
-        with_prefix(case.weights, "vae."),
-        WAN21_RULES,
-        jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0))),
+    abstract = jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0)))
+    return convert(with_prefix(case.weights, "vae."), WAN21_RULES, abstract)
+
+
+def _sampling(case: Case, preset: SamplingConfig, changes: dict[str, Any]) -> SamplingConfig:
+    return dataclasses.replace(
+        preset,
+        ring_blocks=case["n_blocks"],
+        clip_blocks=case["n_blocks"],
+        motion_copies=case["motion_frames"][0] * preset.reference_copies,
+        prime_latents=min(preset.prime_latents, case["motion_frames"][1]),
+        **changes,
     )
+
+
+def _inputs(
+    case: Case, dit: CausalDiT, vae: CausalVAE, sampling: SamplingConfig
+) -> tuple[Conditions, list[BlockInput]]:
+    height, width = size_less_than_area(*case["image_hw"], case["max_area"])
+    pixels = resize_and_crop(case.inputs["image"], height, width)
+    text = pad_text([case.inputs["context"]], dit.config.text_len)
+    conditions = image_conditions(dit.config, vae, sampling, pixels, jnp.asarray(text))
+    audio = case.inputs["audio_emb"][None]
+    pieces = [audio[..., 12 * b : 12 * b + 12] for b in range(audio.shape[-1] // 12)]
+    return conditions, [BlockInput(jnp.asarray(piece)) for piece in pieces]
+
+
+def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[str, Any]]) -> Iterator[Check]:
+    dit, vae = load_dit(case, "dit."), _load_vae(case)
     tolerance, video_tolerance = case.tolerance("flow/latents"), case.tolerance("video")
     outputs = dict(case.outputs())
     for variant, want in outputs.items():
         recorded = {**outputs[""], **want}
-        sampling = dataclasses.replace(
-            preset,
-            ring_blocks=case["n_blocks"],
-            clip_blocks=case["n_blocks"],
-            motion_copies=case["motion_frames"][0] * preset.reference_copies,
-            prime_latents=min(preset.prime_latents, case["motion_frames"][1]),
-            **variants[variant],
-        )
-        image_height, image_width = case["image_hw"]
-        height, width = size_less_than_area(image_height, image_width, case["max_area"])
-        pixels = resize_and_crop(case.inputs["image"], height, width)
-        text = pad_text([case.inputs["context"]], dit.config.text_len)
-        conditions = image_conditions(dit.config, vae, sampling, pixels, jnp.asarray(text))
+        sampling = _sampling(case, preset, variants[variant])
+        conditions, blocks = _inputs(case, dit, vae, sampling)
         sinks: list[tuple[Any, Any]] = []
-        audio = case.inputs["audio_emb"][None]
-        blocks = [
-            BlockInput(jnp.asarray(audio[..., 12 * b : 12 * b + 12])) for b in range(audio.shape[-1] // 12)
-        ]
         steps = rollout(
             dit,
             vae,
@@ -104,19 +115,31 @@ def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[st
                 key = f"{name}_latents_sink{number}"
                 if key in want:
                     yield Check(f"{key} ({variant})", first(value), want[key], tolerance)
-        for clip in range(case["n_clips"]):
-            if f"latents.c{clip}" in want:
-                piece = latents[clip * case["n_blocks"] : (clip + 1) * case["n_blocks"]]
-                got = first(jnp.concatenate(piece, axis=1)[0])
-                yield Check(f"latents.c{clip} ({variant})", got, want[f"latents.c{clip}"], tolerance)
-        video = np.concatenate(frames)
-        if "video_kept" in want:
-            kept = case["video_frames_kept"]
-            yield Check(f"video ({variant})", first(video[kept]), want["video_kept"], video_tolerance)
-        if "video_frame_mean" in want:
-            mean, std = video.mean(axis=(1, 2)).T, video.std(axis=(1, 2), ddof=1).T
-            yield Check(f"video_frame_mean ({variant})", mean, want["video_frame_mean"], video_tolerance)
-            yield Check(f"video_frame_std ({variant})", std, want["video_frame_std"], video_tolerance)
+        yield from _latent_checks(case, latents, want, variant, tolerance)
+        yield from _video_checks(case, frames, want, variant, video_tolerance)
+
+
+def _latent_checks(
+    case: Case, latents: list[Any], want: dict[str, np.ndarray], name: str, tolerance: Tolerance
+) -> Iterator[Check]:
+    for clip in range(case["n_clips"]):
+        if f"latents.c{clip}" in want:
+            piece = latents[clip * case["n_blocks"] : (clip + 1) * case["n_blocks"]]
+            got = first(jnp.concatenate(piece, axis=1)[0])
+            yield Check(f"latents.c{clip} ({name})", got, want[f"latents.c{clip}"], tolerance)
+
+
+def _video_checks(
+    case: Case, frames: list[np.ndarray], want: dict[str, np.ndarray], name: str, tolerance: Tolerance
+) -> Iterator[Check]:
+    video = np.concatenate(frames)
+    if "video_kept" in want:
+        kept = case["video_frames_kept"]
+        yield Check(f"video ({name})", first(video[kept]), want["video_kept"], tolerance)
+    if "video_frame_mean" in want:
+        mean, std = video.mean(axis=(1, 2)).T, video.std(axis=(1, 2), ddof=1).T
+        yield Check(f"video_frame_mean ({name})", mean, want["video_frame_mean"], tolerance)
+        yield Check(f"video_frame_std ({name})", std, want["video_frame_std"], tolerance)
 
 
 def _ring_checks(
@@ -141,7 +164,21 @@ def single_gpu(case: Case) -> Iterator[Check]:
 
 
 def tpp(case: Case) -> Iterator[Check]:
-    yield from _whole_video(case, RELEASE_TPP, {"": {"adapt_sink_after": case["n_blocks"]}})
+    """The sequential rollout, then the pipeline itself: four stages and a decoder (5 devices)."""
+    changes = {"adapt_sink_after": case["n_blocks"]}
+    yield from _whole_video(case, RELEASE_TPP, {"": changes})
+    dit, vae = load_dit(case, "dit."), _load_vae(case)
+    sampling = _sampling(case, RELEASE_TPP, changes)
+    conditions, blocks = _inputs(case, dit, vae, sampling)
+    height, width = conditions.reference.shape[2:4]
+    devices = jax.devices("cpu")  # five virtual ones; a machine with accelerators may have fewer of them
+    pipeline = Pipeline(dit, vae, sampling, height=height, width=width, devices=devices)
+    want = dict(case.outputs())[""]
+    made = list(pipeline_rollout(pipeline, conditions, blocks, draws=_RecordedDraws(case, want, sampling)))
+    tolerance = case.tolerance("flow/latents")
+    yield from _latent_checks(case, [np.asarray(b.latent) for b in made], want, "pipeline", tolerance)
+    frames = [np.asarray(block.frames[0]) for block in made]
+    yield from _video_checks(case, frames, want, "pipeline", case.tolerance("video"))
 
 
 def euler(case: Case) -> Iterator[Check]:
