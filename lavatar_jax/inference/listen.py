@@ -10,8 +10,10 @@ from jaxtyping import Float
 
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.sound import SAMPLE_RATE
-from lavatar_jax.models.avatar import Avatar, Wav2Vec2
+from lavatar_jax.inference.speech_features import speech_features
+from lavatar_jax.models.avatar import Avatar
 from lavatar_jax.models.logmel import LogMelStream
+from lavatar_jax.models.wav2vec2 import Wav2Vec2
 
 Samples = Float[np.ndarray, "n"]
 Features = Float[np.ndarray, "L A T"]
@@ -65,8 +67,6 @@ def recording_blocks(
 ) -> Iterator[Features]:
     """The reference's features of a whole recording; zeros complete the last block, or clip if clips are
     decoded whole."""
-    from lavatar_jax.inference.speech_features import speech_features
-
     clip_frames, dropped = block_frames * sampling.clip_blocks, sampling.drop_first_frames
     features = speech_features(speech, sound, clip_frames, fps=fps)
     features = np.concatenate([features[..., :1].repeat(dropped, axis=-1), features], axis=-1)

@@ -8,27 +8,9 @@ from typing import NamedTuple
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
+from lavatar_jax.models.umt5 import UMT5Config
 from lavatar_jax.models.vae import CausalVAE
-
-try:
-    from lavatar_jax.models.umt5 import UMT5Config
-except ImportError:
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class UMT5Config:  # type: ignore[no-redef]
-        pass
-
-
-try:
-    from lavatar_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-except ImportError:
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Wav2Vec2Config:  # type: ignore[no-redef]
-        pass
-
-    class Wav2Vec2:  # type: ignore[no-redef]
-        pass
+from lavatar_jax.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
