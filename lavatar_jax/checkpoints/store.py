@@ -1,4 +1,8 @@
-"""Model folders (`config.json`, `dit.safetensors`, `vae.safetensors`): what `--model` takes."""
+"""Model folders: what `--model` takes.
+
+Either small ones, as trained here (`config.json`, `dit.safetensors`, `vae.safetensors`), or converted ones
+(`config.json`, `manifest.json`, an orbax checkpoint for each component, `tokenizer/`).
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,12 @@ from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.umt5 import UMT5Encoder
 from lavatar_jax.models.vae import make_vae
+from lavatar_jax.models.wav2vec2 import Wav2Vec2
 
 CONFIG, DIT, VAE = "config.json", "dit.safetensors", "vae.safetensors"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"  # of converted folders
 SHIPPED = Path(__file__).parents[1] / "weights"  # models that come with the package, by name
 Config = TypeVar("Config")
 Model = TypeVar("Model")
@@ -117,14 +124,25 @@ def model_folder(name: str | Path) -> Path:
     if shipped.is_dir():
         return shipped
     if not folder.is_dir():
+        _refuse_partial(folder.with_name(folder.name + ".partial"))
         names = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))
         raise UserError(f"{name}: no such model folder, and no shipped model of that name (shipped: {names})")
     return folder
 
 
 def load_config(folder: Path) -> AvatarConfig:
-    """Read and check `config.json` of a model folder, and that the weights are there."""
-    for name in (CONFIG, DIT, VAE):
+    """Read and check `config.json` of a model folder, and that the weights are there.
+
+    Raises UserError for what is missing, damaged, or not converted yet (completely).
+    """
+    _refuse_partial(folder)
+    if is_published(folder):
+        raise UserError(
+            f"{folder} holds published PyTorch weights; convert them first: "
+            f"python tools/convert.py --wan {folder} --out {folder.absolute().name}-jax"
+        )
+    converted = is_converted(folder)
+    for name in (CONFIG, MANIFEST) if converted else (CONFIG, DIT, VAE):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder / name}: the model folder lacks this file; copy it there or build it again"
@@ -135,15 +153,77 @@ def load_config(folder: Path) -> AvatarConfig:
         raise UserError(f"{folder / CONFIG} is not valid JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder / CONFIG} must hold a JSON object with dit, vae and sampling settings")
-    return config_from_dict(AvatarConfig, values)
+    config = config_from_dict(AvatarConfig, values)
+    if converted:
+        _check_converted(folder, config)
+    return config
 
 
-def load_model_folder(name: str | Path, dtype: Any = jnp.float32) -> Avatar:
-    """Load a shipped model by name or a model folder by path."""
+def _check_converted(folder: Path, config: AvatarConfig) -> None:
+    """That the conversion was completed, and gave everything that the configuration needs."""
+    # Imported only here: it needs orbax, which takes half a second, and small models do without.
+    from lavatar_jax.checkpoints.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest.complete is not True:
+        raise UserError(f"{folder}: its conversion was not completed; convert the checkpoint again")
+    parts = ["dit", "vae", *(name for name in ("text", "speech") if getattr(config, name))]
+    for part in parts:
+        if part not in manifest.components:
+            raise UserError(f"{folder / MANIFEST} lists no {part}, which {CONFIG} asks for; convert again")
+    for name in [*parts, TOKENIZER] if config.text else parts:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: the model folder lacks this folder; convert again")
+
+
+def is_converted(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or (folder / "dit").is_dir()
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder is one of the PyTorch checkpoints that conversion starts from."""
+    return any(folder.glob("*.safetensors.index.json")) or any(folder.glob("*.pth"))
+
+
+def _refuse_partial(folder: Path) -> None:
+    if folder.name.endswith(".partial") and folder.is_dir():
+        raise UserError(
+            f"{folder} is a conversion that was not finished; run the same tools/convert.py command again, "
+            "it goes on where it stopped"
+        )
+
+
+def load_model_folder(name: str | Path, dtype: Any = None) -> Avatar:
+    """Load a shipped model by name or a model folder by path, without its text encoder.
+
+    `dtype`: of the parameters; None: float32 where trained here, as converted otherwise (8-bit weights stay).
+    """
     folder = model_folder(name)
     config = load_config(folder)
-    return Avatar(
-        config=config,
-        dit=load_params(folder / DIT, lambda: CausalDiT(config.dit, rngs=nnx.Rngs(0)), dtype),
-        vae=load_params(folder / VAE, lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype),
-    )
+    if is_converted(folder):
+        dit = _restore_part(folder, "dit", lambda: CausalDiT(config.dit, rngs=nnx.Rngs(0)), dtype)
+        vae = _restore_part(folder, "vae", lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype)
+    else:
+        dit = load_params(folder / DIT, lambda: CausalDiT(config.dit, rngs=nnx.Rngs(0)), dtype or jnp.float32)
+        vae = load_params(folder / VAE, lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype or jnp.float32)
+    speech = None
+    if (heard := config.speech) is not None:
+        speech = _restore_part(folder, "speech", lambda: Wav2Vec2(heard, rngs=nnx.Rngs(0)), dtype)
+    return Avatar(config=config, dit=dit, vae=vae, speech=speech)
+
+
+def load_text_encoder(folder: Path, config: AvatarConfig) -> UMT5Encoder:
+    """The component that `load_model_folder` leaves out, in the dtype it was converted to.
+
+    Raises UserError if it is damaged, ValueError if the model has none.
+    """
+    settings = config.text
+    if settings is None:
+        raise ValueError(f"{config.name} has no text encoder")
+    return _restore_part(folder, "text", lambda: UMT5Encoder(settings, rngs=nnx.Rngs(0)), None)
+
+
+def _restore_part(folder: Path, component: str, make: Callable[[], Model], dtype: Any) -> Model:
+    from lavatar_jax.checkpoints.orbax_store import restore_component
+
+    return restore_component(folder, component, jax.eval_shape(make), dtype=dtype)
