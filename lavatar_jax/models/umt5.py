@@ -61,8 +61,8 @@ def position_bias(table_KN: Float[Array, "K N"], max_distance: int, length: int)
     return jnp.moveaxis(table_KN.astype(jnp.float32)[bucket], -1, 0)
 
 
-def _matrix(n_in: int, n_out: int, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), (n_in, n_out)) * n_in**-0.5)
+def _matrix(n_in: int, n_out: int, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), (n_in, n_out)) * scale * n_in**-0.5)
 
 
 class UMT5Attention(nnx.Module):
@@ -70,7 +70,7 @@ class UMT5Attention(nnx.Module):
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
         width, inner = config.width, config.attention_width
-        self.q = _matrix(width, inner, rngs)
+        self.q = _matrix(width, inner, rngs, (inner // config.heads) ** -0.5)
         self.k = _matrix(width, inner, rngs)
         self.v = _matrix(width, inner, rngs)
         self.o = _matrix(inner, width, rngs)
