@@ -16,6 +16,7 @@ from flax import nnx
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.config import DiTConfig, VAEConfig
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.umt5 import UMT5Config, UMT5Encoder
 from lavatar_jax.models.vae import CausalVAE, make_vae
 
 
@@ -62,6 +63,11 @@ def random_dit(config: DiTConfig, seed: int = 0) -> CausalDiT:
 @functools.cache
 def random_vae(config: VAEConfig, seed: int = 0) -> CausalVAE:
     return _random(jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0))), seed)
+
+
+@functools.cache
+def random_umt5(config: UMT5Config, seed: int = 0) -> UMT5Encoder:
+    return _random(jax.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))), seed)
 
 
 def _random(abstract, seed: int):
