@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -73,6 +73,7 @@ class Finished(NamedTuple):
     index: int
     latent: Float[Array, "1 F H W C"]
     early: bool = False
+    frames: Float[Array, "1 T H W 3"] | None = None  # where the pipeline's own program decodes
 
 
 class SlotState(NamedTuple):
@@ -122,22 +123,26 @@ class Pipeline:
         self.sampling, self.layout, self.slots, self.speakers = sampling, layout, slots, speakers
         self.height, self.width = height, width
         self.config = dit.config
-        self.mesh = stage_mesh(layout, found)
+        self.mesh = self._make_mesh(found)
+        self.stages = self.mesh.shape[STAGE]
         self.decoder_device = found[-1]
         self.dit = place_model(dit, self.mesh)
         self.vae = jax.device_put(vae, self.decoder_device)
         self.decoders: list[StreamDecoder | None] = [None] * slots
         # Whose block each stage holds, newest first; the host knows without asking the devices.
-        self.in_flight: list[dict[int, _Passenger]] = [{} for _ in range(layout.stages)]
+        self.in_flight: list[dict[int, _Passenger]] = [{} for _ in range(self.stages)]
         self._next_block = [0] * slots
         self._changes: list[_Change] = []
         self._init_state()
 
     # ---- state -------------------------------------------------------------------------------------------
 
+    def _make_mesh(self, devices: list[jax.Device]) -> Mesh:
+        return stage_mesh(self.layout, devices)
+
     def _init_state(self) -> None:
-        stages, config, sampling = self.layout.stages, self.config, self.sampling
-        local_steps = sampling.steps // stages
+        stages, config, sampling = self.stages, self.config, self.sampling
+        local_steps = sampling.steps // self.layout.stages
         dtype = self.dit.dtype
 
         def rings() -> Rings:
@@ -181,9 +186,12 @@ class Pipeline:
             jax.jit(functools.partial(embed, timesteps=by_stage[:, j]))(self.dit) for j in range(local)
         )
         sigmas = np.stack([steps.sigmas[s * local : (s + 1) * local + 1] for s in range(stages)])
-        value = Steps(times, sigmas.reshape(-1).astype(np.float32))
+        value = self._pad_steps(Steps(times, sigmas.reshape(-1).astype(np.float32)))
         specs = jax.tree.map(lambda _: P(STAGE), value)
         return jax.device_put(value, self._shardings(specs)), specs
+
+    def _pad_steps(self, steps: Steps) -> Steps:
+        return steps
 
     def _sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
@@ -192,7 +200,7 @@ class Pipeline:
         return jax.tree.map(self._sharding, specs, is_leaf=lambda s: isinstance(s, P))
 
     def _broadcast_stages(self, x: np.ndarray) -> Array:
-        merged = np.broadcast_to(x, (self.layout.stages, *x.shape)).reshape(-1, *x.shape[1:])
+        merged = np.broadcast_to(x, (self.stages, *x.shape)).reshape(-1, *x.shape[1:])
         return jax.device_put(merged, self._sharding(P(STAGE)))
 
     # ---- one tick ----------------------------------------------------------------------------------------
@@ -227,31 +235,34 @@ class Pipeline:
         computed when it returns.
         """
         feeds = feeds or {}
+        fresh = self._enter(feeds)
+        clean, self._packet, self.rings = self._tick(
+            self.dit, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
+        )
+        last = self.layout.stages - 1
+        return [
+            Finished(slot, block.index, self._of_stage(clean, stage)[slot : slot + 1], early=stage != last)
+            for stage, blocks in enumerate(self.in_flight)
+            for slot, block in blocks.items()
+            if stage in (block.exit_stage, last)
+        ]
+
+    def _enter(self, feeds: Mapping[int, Feed]) -> Packet:
+        """Everybody moves one stage on; `feeds` are in stage 0 now. Returns their packet."""
         for slot, feed in feeds.items():
             if feed.index != self._next_block[slot]:
                 raise ValueError(f"slot {slot} expects block {self._next_block[slot]}, not {feed.index}")
+        fresh = self._fresh(feeds)
+        for slot in feeds:
             self._next_block[slot] += 1
         self._advance_changes()
-        fresh = self._fresh(feeds)
-        done, self._packet, self.rings = self._tick(
-            self.dit, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
-        )
         last = self.layout.stages - 1
         entered = {
             slot: _Passenger(feed.index, last if feed.exit_stage is None else feed.exit_stage)
             for slot, feed in feeds.items()
         }
         self.in_flight = [entered, *self.in_flight[:-1]]
-        leaving = [
-            (stage, slot, block.index)
-            for stage, blocks in enumerate(self.in_flight)
-            for slot, block in blocks.items()
-            if stage in (block.exit_stage, last)
-        ]
-        return [
-            Finished(slot, index, self._of_stage(done, stage)[slot : slot + 1], early=stage != last)
-            for stage, slot, index in leaving
-        ]
+        return fresh
 
     def _of_stage(self, merged: Array, stage: int) -> Array:
         """A stage's share of a [stage * B, ...] array, where it lies."""
@@ -325,8 +336,11 @@ class Pipeline:
         if conditions.actor_mask is not None:
             self._set_mask(slot, conditions.actor_mask)
         self.set_sink(slot, conditions.reference, conditions.motion, at_once=True)
+        self.decoders[slot] = self._make_decoder(conditions)
+
+    def _make_decoder(self, conditions: Conditions) -> StreamDecoder:
         still = jax.device_put(conditions.still, self.decoder_device)
-        self.decoders[slot] = StreamDecoder(self.vae, still, self.sampling.drop_first_frames)
+        return StreamDecoder(self.vae, still, self.sampling.drop_first_frames)
 
     def close(self, slot: int) -> None:
         """Forget a slot's video; its blocks in flight never come out."""
@@ -406,16 +420,16 @@ class Pipeline:
         sink = sink_of(self.dit, *given, self.text, jnp.int32(slot), half_table=self.sampling.half_rope_table)
         write = functools.partial(self._write_sink, slot, sink)
         if at_once:
-            write(np.ones(self.layout.stages, bool))
+            write(np.ones(self.stages, bool))
         else:
             self._changes.append(_Change(slot, write))
 
     def _advance_changes(self) -> None:
         """A change reaches each stage together with the first packet behind it."""
         for change in self._changes:
-            change.write(np.arange(self.layout.stages) == change.next_stage)
+            change.write(np.arange(self.stages) == change.next_stage)
             change.next_stage += 1
-        self._changes = [change for change in self._changes if change.next_stage < self.layout.stages]
+        self._changes = [change for change in self._changes if change.next_stage < self.stages]
 
     def _write_sink(self, slot: int, sink: KV, stages: np.ndarray) -> None:
         where = jax.device_put(stages, self._sharding(P(STAGE)))

@@ -39,7 +39,7 @@ def pipeline_rollout(
     the paper does (same numbers as the sequential rollout); without, blocks see the old sink until then
     (same numbers as a rollout with `adapt_sink_after` = number of stages).
     """
-    sampling, stages = pipeline.sampling, pipeline.layout.stages
+    sampling, stages = pipeline.sampling, pipeline.stages
     config = pipeline.config
     shape = (1, config.block_frames, pipeline.height, pipeline.width, config.latent_channels)
     draws = draws or Draws(sampling, shape, seed)

@@ -45,6 +45,43 @@ class Steps(NamedTuple):
     sigmas: Float[Array, " levels"]
 
 
+def receive(fresh: Packet, received: Packet) -> Packet:
+    """What this stage works on: the host's packet in stage 0, elsewhere what hopped here."""
+    first = jax.lax.axis_index(STAGE) == 0
+    return jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, received)
+
+
+def run_stage(
+    dit: CausalDiT,
+    text: KV,
+    actor_mask: Array | None,
+    steps: Steps,
+    rings: Rings,
+    packet: Packet,
+    batch: int,
+) -> tuple[Array, tuple[Array, ...], Rings]:
+    """This stage's share of the steps of a packet -> (latents, velocities, rings)."""
+    first = jax.lax.axis_index(STAGE) * len(rings)
+
+    def sink_rope(step: int) -> Rope:
+        return Rope(
+            *(jax.lax.dynamic_index_in_dim(x, first + step, 1, keepdims=False) for x in packet.sink_rope)
+        )
+
+    plan = BlockPlan(
+        RingSlot(packet.offset, packet.end), packet.rope, tuple(sink_rope(j) for j in range(len(rings)))
+    )
+    session = Session(
+        text=text,
+        times=jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), steps.times),
+        sigmas=steps.sigmas,
+        history_times=None,
+        history_sigma=jnp.float32(0),
+        actor_mask=actor_mask,
+    )
+    return denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
+
+
 def stage_tick(
     dit: CausalDiT,
     text: KV,
@@ -62,27 +99,10 @@ def stage_tick(
 
     The estimate of the last stage is its latent: no noise is left there.
     """
-    stage = jax.lax.axis_index(STAGE)
-    packet: Packet = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, old), fresh, received)
-    first = stage * len(rings)
-
-    def sink_rope(step: int) -> Rope:
-        return Rope(
-            *(jax.lax.dynamic_index_in_dim(x, first + step, 1, keepdims=False) for x in packet.sink_rope)
-        )
-
-    plan = BlockPlan(
-        RingSlot(packet.offset, packet.end), packet.rope, tuple(sink_rope(j) for j in range(len(rings)))
+    packet = receive(fresh, received)
+    latent, velocities, rings = run_stage(
+        dit, text, actor_mask if use_mask else None, steps, rings, packet, batch
     )
-    session = Session(
-        text=text,
-        times=jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), steps.times),
-        sigmas=steps.sigmas,
-        history_times=None,
-        history_sigma=jnp.float32(0),
-        actor_mask=actor_mask if use_mask else None,
-    )
-    latent, velocities, rings = denoise_block(dit, rings, packet.latent, packet.inputs, plan, session)
     packet = packet._replace(latent=latent)
     hops = [(i, i + 1) for i in range(stages - 1)]
     clean = euler_step(latent, velocities[-1], steps.sigmas[-1], 0.0)

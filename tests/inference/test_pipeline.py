@@ -10,6 +10,7 @@ import pytest
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.pipeline import Feed, Pipeline
 from lavatar_jax.inference.pipeline_rollout import pipeline_rollout
+from lavatar_jax.inference.pipeline_spmd import OneProgramPipeline
 from lavatar_jax.inference.rollout import Draws, rollout
 from lavatar_jax.parallel import PipelineLayout
 from lavatar_jax.types import BlockInput, Conditions
@@ -48,15 +49,12 @@ def sequential(sampling: SamplingConfig, blocks: int, seed: int = 3, config=None
 
 
 def piped(
-    sampling: SamplingConfig, blocks: int, layout: PipelineLayout, seed: int = 3, config=None, drain=True
+    sampling: SamplingConfig, blocks: int, layout: PipelineLayout, *, seed: int = 3, drain=True, kind=Pipeline
 ):
-    config = config or tiny_config()
-    pipeline = Pipeline(
-        random_dit(config), random_vae(VAE), sampling, height=HEIGHT, width=WIDTH, layout=layout
+    pipeline = kind(
+        random_dit(tiny_config()), random_vae(VAE), sampling, height=HEIGHT, width=WIDTH, layout=layout
     )
-    made = pipeline_rollout(
-        pipeline, conditions(seed, config), audio(seed, blocks), seed=seed, drain_for_sink=drain
-    )
+    made = pipeline_rollout(pipeline, conditions(seed), audio(seed, blocks), seed=seed, drain_for_sink=drain)
     return [(np.asarray(b.latent), np.asarray(b.frames)) for b in made]
 
 
@@ -101,6 +99,14 @@ def test_adaptive_sink_without_a_drain_is_one_that_adapts_later() -> None:
     got = piped(early, 9, PipelineLayout(), drain=False)
     assert_equal(got, sequential(late, 9))
     assert not np.allclose(got[2][0], sequential(early, 9)[2][0], atol=1e-4)  # here early has adapted
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_one_program_for_all_devices_is_the_same(drain: bool) -> None:
+    """The decoder as fifth stage of the same program; without a drain the sink comes one tick later."""
+    sampling = dataclasses.replace(SAMPLING, adapt_sink_after=1)
+    got = piped(sampling, 20, PipelineLayout(), drain=drain, kind=OneProgramPipeline)
+    assert_equal(got, sequential(dataclasses.replace(sampling, adapt_sink_after=1 if drain else 5), 20))
 
 
 def test_motion_frames_poses_and_two_speakers() -> None:
