@@ -98,7 +98,8 @@ class UMT5FeedForward(nnx.Module):
         self.outer = _matrix(config.ffn_width, config.width, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return (x @ self.inner[...] * gelu_tanh(x @ self.gate[...])) @ self.outer[...]
+        gate = gelu_tanh((x @ self.gate[...]).astype(jnp.float32)).astype(x.dtype)  # bf16 rounds its constants
+        return (x @ self.inner[...] * gate) @ self.outer[...]
 
 
 class UMT5Block(nnx.Module):
@@ -118,7 +119,7 @@ class UMT5Block(nnx.Module):
 class UMT5Encoder(nnx.Module):
     """Token embedding, blocks stacked along a leading axis, final norm.
 
-    Computes in the weights' dtype; norms, softmax and position bias are float32 in any case.
+    Computes in the weights' dtype; norms, softmax, position bias and GELU are float32 in any case.
     """
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs) -> None:
