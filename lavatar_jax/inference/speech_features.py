@@ -68,8 +68,8 @@ def pick(states: States, indices: Int[np.ndarray, " N"], *, around: int = 0, str
     picked = np.zeros((layers, len(indices), (2 * around + 1) * width), np.float32)
     inside = indices < count
     neighbours = indices[inside, None] + stride * np.arange(-around, around + 1)
-    chosen = states[:, np.clip(neighbours, 0, count - 1)]
-    picked[:, inside] = chosen.reshape(layers, len(chosen[0]), -1)
+    chosen = states[:, np.clip(neighbours, 0, max(count - 1, 0))]
+    picked[:, inside] = chosen.reshape(layers, len(neighbours), picked.shape[-1])
     return picked
 
 
