@@ -98,8 +98,8 @@ class UMT5FeedForward(nnx.Module):
         self.outer = _matrix(config.ffn_width, config.width, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = gelu_tanh((x @ self.gate[...]).astype(jnp.float32)).astype(x.dtype)  # bf16 rounds its constants
-        return (x @ self.inner[...] * gate) @ self.outer[...]
+        gate = gelu_tanh((x @ self.gate[...]).astype(jnp.float32))  # bf16 would round its constants
+        return (x @ self.inner[...] * gate.astype(x.dtype)) @ self.outer[...]
 
 
 class UMT5Block(nnx.Module):
