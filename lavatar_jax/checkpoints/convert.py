@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -73,7 +73,7 @@ def convert(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], model: Mod
     at all, missing or surplus layer, wrong shape and unusable dtype.
     """
     leaves = param_paths(model)
-    sources, problems = _assign(tensors, rules, leaves)
+    sources, problems = assign(tensors, rules, leaves)
     filled: dict[str, jax.Array] = {}
     for path, leaf in leaves.items():
         by_layer = sources.get(path, {})
@@ -127,15 +127,13 @@ def export(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
 
 def _dotted(path: tuple[Any, ...]) -> str:
     parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
-    if parts[-1] == "value":  # the array inside an nnx.Param
-        parts = parts[:-1]
-    return ".".join(parts)
+    return ".".join(part for part in parts if part != "value")  # what is inside an nnx.Param
 
 
-def _assign(
-    keys: Mapping[str, np.ndarray], rules: Sequence[Rule], leaves: Mapping[str, Any]
+def assign(
+    keys: Iterable[str], rules: Sequence[Rule], leaves: Mapping[str, Any]
 ) -> tuple[dict[str, dict[int | None, Source]], list[str]]:
-    """Which key goes to which (path, layer), and everything that is wrong with that. Reads no tensor."""
+    """Which key goes to which path and layer (None: the whole), and everything that is wrong with that."""
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     sources: dict[str, dict[int | None, Source]] = {}
     problems: list[str] = []
@@ -184,6 +182,15 @@ def _assemble(tensors: Mapping[str, np.ndarray], by_layer: dict[int | None, Sour
 
 
 # Inversion of rules
+
+
+def key_of(rules: Sequence[Rule], path: str, layer: int | None) -> str | None:
+    """The PyTorch key of a parameter, by the first rule that names it; None if none can be inverted."""
+    for rule in rules:
+        groups = _match_path(rule, path)
+        if groups is not None and _invertible(rule) and rule.stacked == (layer is not None):
+            return _key_of(rule, groups, layer)
+    return None
 
 
 def _match_path(rule: Rule, path: str) -> dict[str, str] | None:

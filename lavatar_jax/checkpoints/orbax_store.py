@@ -73,8 +73,11 @@ def chunks_of(shape: Shape, itemsize: int, *, stacked: bool) -> Chunks:
     return Chunks(shape, tuple(chunk), tuple(tile))
 
 
-def create_leaf(folder: Path, chunks: Chunks, dtype: Any) -> ts.TensorStore:
-    """An array to write into; one that was begun is opened again. `folder`: checkpoint / leaf's path."""
+def create_leaf(folder: Path, chunks: Chunks, dtype: Any, *, sync: bool = True) -> ts.TensorStore:
+    """An array to write into; one that was begun is opened again. `folder`: checkpoint / leaf's path.
+
+    A chunk gets its name when it is complete; `sync`: and on disk.
+    """
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     tiles = {
         "name": "sharding_indexed",
@@ -93,6 +96,7 @@ def create_leaf(folder: Path, chunks: Chunks, dtype: Any) -> ts.TensorStore:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks.shape}},
             "codecs": [tiles],
         },
+        "context": {"file_io_sync": sync},
         "store_data_equal_to_fill_value": True,  # else zeros would be files that are not there
     }
     return ts.open(spec, open=True, create=True).result()
