@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +151,17 @@ class LogMelStream:
         self._columns = self._columns[count:]
         self._emitted += count
         return stacked[None]
+
+    def state(self) -> dict[str, NDArray]:
+        """Everything the next features depend on, for `set_state` of another stream of this configuration."""
+        counts = np.array([self._received, self._emitted], np.int64)
+        return {"samples": self._samples.copy(), "columns": self._columns.copy(), "counts": counts}
+
+    def set_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on, bit by bit, where `state` was taken."""
+        self._samples = np.array(state["samples"], np.float32)
+        self._columns = np.array(state["columns"], np.float32)
+        self._received, self._emitted = (int(count) for count in state["counts"])
 
 
 def log_mel(samples: Floats, config: LogMelConfig | None = None) -> Floats:

@@ -26,6 +26,18 @@ def test_streaming_equals_offline_exactly(pieces, past, lookahead):
     assert streamed.shape == (1, config.dim, -(-len(samples) // 640))
 
 
+@pytest.mark.parametrize("cut", [0, 100, 640, 5000])
+def test_a_restored_stream_goes_on_exactly(cut):
+    samples = noise(9000)
+    stream, other = LogMelStream(), LogMelStream()
+    before = stream.push(samples[:cut])
+    other.push(noise(999, seed=1))
+    other.set_state(stream.state())
+    stream.push(noise(2000, seed=2))  # the state is a copy
+    features = np.concatenate([before, other.push(samples[cut:]), other.flush()], axis=-1)
+    assert np.array_equal(features, log_mel(samples))
+
+
 def test_a_frame_is_complete_when_its_lookahead_has_arrived():
     stream = LogMelStream()
     assert stream.push(noise(3 * 640 - 1)).shape[-1] == 0
