@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.sound import SAMPLE_RATE
 from lavatar_jax.inference.speech_features import speech_features
+from lavatar_jax.inference.speech_stream import Wav2Vec2Stream, Wav2Vec2StreamConfig
 from lavatar_jax.models.avatar import Avatar
 from lavatar_jax.models.logmel import LogMelStream
 from lavatar_jax.models.wav2vec2 import Wav2Vec2
@@ -29,10 +30,13 @@ class FeatureStream(Protocol):
 def make_stream(avatar: Avatar) -> FeatureStream:
     """The model's ear, for one recording."""
     if avatar.speech is not None:
-        from lavatar_jax.inference.speech_stream import Wav2Vec2Stream
-
-        return Wav2Vec2Stream(avatar.speech)
+        return Wav2Vec2Stream(avatar.speech, Wav2Vec2StreamConfig(block_frames=frames_per_block(avatar)))
     return LogMelStream(avatar.config.log_mel)
+
+
+def frames_per_block(avatar: Avatar) -> int:
+    """Video frames that one step of the rollout makes: 12."""
+    return avatar.config.dit.block_frames * avatar.config.vae.temporal_factor
 
 
 def listen(
@@ -50,7 +54,7 @@ def listen(
     belongs to the first sample (the reference shows the fourth).
     """
     fps, dropped = avatar.config.fps, sampling.drop_first_frames
-    block_frames = avatar.config.dit.block_frames * avatar.vae.config.temporal_factor
+    block_frames = frames_per_block(avatar)
     if not isinstance(sound, np.ndarray):
         pieces = sound
     elif streaming or avatar.speech is None:
