@@ -1,7 +1,8 @@
 """How long a start takes: from a converted checkpoint to the first frame, phase by phase.
 
-    python tools/bench_cold_start.py --model DIR [--size 64x64] [--json FILE]
+    python tools/bench_cold_start.py [--model DIR] [--size 128x128] [--json FILE]
 
+Without a model, a small checkpoint with the published layout is written and converted first (needs torch).
 Each row is a process of its own: without jax's persistent compilation cache, with an empty one, and with the
 one that the row before has filled. Seconds of tracing and compiling are those that jax reports for a phase.
 """
@@ -9,6 +10,7 @@ one that the row before has filled. Seconds of tracing and compiling are those t
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -94,6 +96,17 @@ def start(model: str, size: str | None, cache: str | None) -> dict[str, tuple[fl
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def convert_small(folder: Path) -> Path:
+    """A model folder in `folder` that has gone the way of the published one: bf16, LoRA merged."""
+    from lavatar_jax.checkpoints.conversion import Task, convert_folder
+    from tests.published import write_published
+    from tools.pth import PickledTensors
+
+    made = write_published(folder)
+    convert_folder(Task(wan=made.wan, lora=made.lora, out=folder / "model"), PickledTensors)
+    return folder / "model"
+
+
 def table(rows: dict[str, dict[str, tuple[float, float]]]) -> str:
     """Markdown; the first frame is there after the first block."""
     lines = [f"| compilation cache | {' | '.join(PHASES)} | first frame |", "|---" * (len(PHASES) + 2) + "|"]
@@ -109,19 +122,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="shipped model or model folder")
-    parser.add_argument("--size", help="largest video, e.g. 64x64 (default: the model's)")
+    parser.add_argument("--model", help="shipped model or model folder")
+    parser.add_argument("--size", help="largest video, e.g. 128x128 (default: the model's)")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.model, arguments.size)))
         return
-    rows = {"off": start(arguments.model, arguments.size, None)}
-    with tempfile.TemporaryDirectory() as cache:
-        rows["cold"] = start(arguments.model, arguments.size, cache)
-        rows["warm"] = start(arguments.model, arguments.size, cache)
-    print(f"{platform.machine()}, {os.cpu_count()} CPU cores; seconds (of which tracing and compiling)")
+    with tempfile.TemporaryDirectory() as folder:
+        model, size = arguments.model, arguments.size
+        if not model:
+            model, size = str(convert_small(Path(folder))), size or "128x128"
+        cache = f"{folder}/cache"
+        rows = {"off": start(model, size, None)}
+        rows |= {name: start(model, size, cache) for name in ("empty", "filled")}
+    print(f"{platform.machine()}, {os.cpu_count()} CPU cores, {datetime.date.today()}")
+    print("Seconds, in brackets those of tracing and compiling:")
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
