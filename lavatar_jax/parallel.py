@@ -5,7 +5,9 @@ Which parameter is split along which axis is decided here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -59,6 +61,16 @@ def layout_for(devices: int, steps: int) -> PipelineLayout:
             f"{devices} devices do not divide {steps} denoising steps evenly; devices that work: {numbers}"
         )
     return max(fitting, key=lambda layout: layout.stages)
+
+
+def ask_for_cpu_devices(count: int) -> None:
+    """Let a machine without accelerators show `count` virtual devices; before anything is computed.
+
+    They share its cores: nothing gets faster, but everything that runs on a cluster can be tried.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # something was computed already: devices are what they are
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def take_devices(count: int, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:

@@ -1,4 +1,4 @@
-"""Sound in, frames out: the streaming loop around the rollout, for one speaker and one device."""
+"""Sound in, frames out: the streaming loop around the rollout or the pipeline, for one speaker."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.conditions import image_conditions
 from lavatar_jax.inference.images import cover_and_crop, resize_and_crop, video_size
 from lavatar_jax.inference.listen import Samples, listen
+from lavatar_jax.inference.pipeline import Pipeline
+from lavatar_jax.inference.pipeline_rollout import PipelinedBlock, pipeline_rollout
 from lavatar_jax.inference.pose import PoseEncoder
-from lavatar_jax.inference.rollout import rollout
+from lavatar_jax.inference.rollout import Block, rollout
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.words import encode_words
+from lavatar_jax.parallel import PipelineLayout
 from lavatar_jax.types import BlockInput, Conditions
 
 
@@ -71,12 +74,14 @@ def talk(
     sampling: SamplingConfig | None = None,
     pose: Iterable[UInt8[np.ndarray, "T H W 3"]] | None = None,
     streaming: bool = False,
+    layout: PipelineLayout | None = None,
 ) -> Iterator[UInt8[np.ndarray, "T H W 3"]]:
     """Mono sound of 16 kHz, whole or in pieces -> frames, block by block (12 frames of 25 a second).
 
     Frame j shows the sound from j * 40 ms on. The last block (or clip, where clips are decoded whole) is
     completed with silence, so there can be a few frames more than the sound is long. Sound in pieces is read
     as it is needed, in constant memory. `streaming`: hear a whole recording that way too (see `listen`).
+    `layout`: spread the work over several devices; None: one.
     """
     sampling = sampling or avatar.config.sampling
     features = listen(avatar, sound, sampling, streaming=streaming)
@@ -85,7 +90,14 @@ def talk(
         height, width = (side * avatar.vae.config.spatial_factor for side in conditions.reference.shape[2:4])
         poses = iter(PoseEncoder(avatar.vae, pose, sampling.clip_blocks, height=height, width=width))
     inputs = (BlockInput(jnp.asarray(f[None, None]), next(poses) if poses else None) for f in features)
-    for block in rollout(avatar.dit, avatar.vae, conditions, inputs, sampling, seed=seed):
+    blocks: Iterator[Block] | Iterator[PipelinedBlock]
+    if layout is None:
+        blocks = rollout(avatar.dit, avatar.vae, conditions, inputs, sampling, seed=seed)
+    else:
+        height, width = conditions.reference.shape[2:4]
+        pipeline = Pipeline(avatar.dit, avatar.vae, sampling, height=height, width=width, layout=layout)
+        blocks = pipeline_rollout(pipeline, conditions, inputs, seed=seed)
+    for block in blocks:
         if block.frames is not None:
             yield np.asarray(_to_uint8(block.frames))[0]
 

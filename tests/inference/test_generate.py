@@ -251,6 +251,7 @@ MISTAKES = {
     "seed too large": ("--seed", str(2**32), nothing, "--seed"),
     "devices zero": ("--devices", "0", nothing, "--devices 0"),
     "devices too many": ("--devices", "99", nothing, "--devices 99"),
+    "devices that do not divide the steps": ("--devices", "7", nothing, "devices that work: 2, 3, 4, 5"),
     "size not two sides": ("--size", "704", nothing, "as in 704x384"),
     "size too small": ("--size", "704x63", nothing, "from 64"),
     "size of a fixed model": ("--size", "704x384", nothing, "leave it out"),

@@ -7,11 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.config import SamplingConfig
+from lavatar_jax.inference.generate import SAMPLES
+from lavatar_jax.inference.images import load_image
 from lavatar_jax.inference.pipeline import Feed, Pipeline
 from lavatar_jax.inference.pipeline_rollout import pipeline_rollout
 from lavatar_jax.inference.pipeline_spmd import OneProgramPipeline
 from lavatar_jax.inference.rollout import Draws, rollout
+from lavatar_jax.inference.talk import photo_conditions, talk
 from lavatar_jax.parallel import PipelineLayout
 from lavatar_jax.types import BlockInput, Conditions
 from tests.tiny import normal, random_dit, random_vae, tiny_config, tiny_vae_config
@@ -335,3 +339,14 @@ def test_an_early_block_comes_out_sooner_and_changes_nothing_else() -> None:
     assert np.isfinite(latents[0]).all()
     for got, want in zip(frames, plain.frames, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_the_shipped_model_says_the_same_on_five_devices() -> None:
+    avatar = load_model_folder("tiny")
+    photo = load_image(SAMPLES / "face.png")
+    given = photo_conditions(avatar, photo, "a person talking")
+    sound = 0.1 * np.random.default_rng(0).normal(size=16_000).astype(np.float32)
+    one = np.concatenate(list(talk(avatar, given, sound)))
+    five = np.concatenate(list(talk(avatar, given, sound, layout=PipelineLayout())))
+    assert one.shape == five.shape
+    assert np.abs(one.astype(int) - five).max() <= 1  # rounding
