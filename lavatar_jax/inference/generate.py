@@ -156,7 +156,7 @@ class Generate:
 
         if sampling.decode != "stream":
             raise UserError(
-                f"--devices {self.devices}: --preset {self.preset} decodes whole clips, which one device does; "
+                f"--devices {self.devices}: --preset {self.preset} decodes whole clips, on one device; "
                 "leave --devices out, or choose release-tpp or paper"
             )
         try:
