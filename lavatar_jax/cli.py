@@ -12,11 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import tyro
 from tyro.extras import subcommand_cli_from_dict
 
 from lavatar_jax.errors import UserError
+
+Options = TypeVar("Options")
 
 
 def parse(
@@ -26,10 +29,21 @@ def parse(
 
     Raises UserError for unknown commands, options and values; SystemExit(0) after `--help`.
     """
+    return _parse(
+        lambda: subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=args), prog
+    )
+
+
+def parse_options(options: type[Options], args: Sequence[str], *, prog: str) -> Options:
+    """Builds the dataclass of a program without subcommands. Raises as `parse` does."""
+    return _parse(lambda: tyro.cli(options, prog=prog, args=args), prog)
+
+
+def _parse(read: Callable[[], Options], prog: str) -> Options:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=args)
+            return read()
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -62,7 +62,7 @@ class Task:
 class Progress(Protocol):
     """Told how many bytes there are to hash and to write, and when some of them are done."""
 
-    def start(self, hashed: int, written: int) -> None: ...
+    def begin(self, hashed: int, written: int) -> None: ...
 
     def hashed(self, count: int) -> None: ...
 
@@ -72,7 +72,7 @@ class Progress(Protocol):
 class Silent:
     """No progress is shown."""
 
-    def start(self, hashed: int, written: int) -> None: ...
+    def begin(self, hashed: int, written: int) -> None: ...
 
     def hashed(self, count: int) -> None: ...
 
@@ -114,7 +114,7 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
     _check_space(partial, total)
     partial.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Journal(partial / JOURNAL, _task_record(task, prepared))) as journal:
-        progress.start(sum(file.stat().st_size for file in prepared.files), total)
+        progress.begin(sum(file.stat().st_size for file in prepared.files), total)
         with _hashing(prepared.files, journal, progress.hashed) as collect:
             components = {}
             for name in prepared.plans:

@@ -184,13 +184,15 @@ def _assemble(tensors: Mapping[str, np.ndarray], by_layer: dict[int | None, Sour
 # Inversion of rules
 
 
+def rule_of(rules: Sequence[Rule], path: str) -> Rule | None:
+    """The first rule that names a parameter and can be inverted."""
+    return next((rule for rule in rules if _match_path(rule, path) is not None and _invertible(rule)), None)
+
+
 def key_of(rules: Sequence[Rule], path: str, layer: int | None) -> str | None:
-    """The PyTorch key of a parameter, by the first rule that names it; None if none can be inverted."""
-    for rule in rules:
-        groups = _match_path(rule, path)
-        if groups is not None and _invertible(rule) and rule.stacked == (layer is not None):
-            return _key_of(rule, groups, layer)
-    return None
+    """The PyTorch key of a parameter (of its layer, where layers are stacked); None if no rule gives one."""
+    rule = rule_of([rule for rule in rules if rule.stacked == (layer is not None)], path)
+    return None if rule is None else _key_of(rule, _match_path(rule, path) or {}, layer)
 
 
 def _match_path(rule: Rule, path: str) -> dict[str, str] | None:

@@ -31,8 +31,9 @@ class Recipe:
     """How the tensors of one component are written.
 
     `dtype`: bf16, fp8 (bf16 with large linear layers of the transformer in e4m3, `per_channel`: with a scale
-    for each output) or fp32. `pairs`: LoRA pairs by module (`blocks.0.self_attn.q`), `merge`d into the weights or
-    kept beside them, where `scale` is the factor of all. `replaced`: keys that are read from other files.
+    for each output) or fp32. `pairs`: LoRA pairs by module (`blocks.0.self_attn.q`), `merge`d into the
+    weights or kept beside them, where `scale` is the factor of all. `replaced`: keys that are read from
+    other files.
     """
 
     dtype: Literal["bf16", "fp8", "fp32"]

@@ -169,6 +169,19 @@ def dit_config(values: Mapping[str, Any], infos: Infos) -> DiTConfig:
         raise UserError(f"config.json: {error}") from None
 
 
+def dit_settings(config: DiTConfig) -> dict[str, Any]:
+    """The published form of a transformer's `config.json`."""
+    channels = config.latent_channels
+    return {
+        "_class_name": _CLASSES[0], **_FIXED, "dim": config.width, "ffn_dim": config.ffn_width,
+        "num_heads": config.heads, "num_layers": config.layers, "freq_dim": config.freq_dim,
+        "in_dim": channels, "out_dim": channels, "cond_dim": channels if config.use_pose else 0,
+        "text_dim": config.text_dim, "text_len": config.text_len, "audio_dim": config.audio_dim,
+        "num_audio_token": config.audio_tokens, "audio_inject_layers": config.inject_layers,
+        "enable_framepack": config.use_motion, "patch_size": [1, config.patch, config.patch],
+    }  # fmt: skip
+
+
 def inferred_settings(infos: Infos) -> dict[str, Any]:
     """What `config.json` would say of these tensors; heads are taken to be 128 wide, as in the release."""
     injected = _count(infos, r"audio_injector\.injector\.(\d+)\.q\.weight")
