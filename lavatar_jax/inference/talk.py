@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from lavatar_jax.checkpoints.store import load_text_encoder
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.inference.conditions import image_conditions
 from lavatar_jax.inference.images import cover_and_crop, resize_and_crop, video_size
@@ -27,14 +28,14 @@ from lavatar_jax.types import BlockInput, Conditions
 def read_prompt(folder: Path, config: AvatarConfig, prompt: str) -> Float[Array, "1 S E"]:
     """What a model understands of a prompt: states [1, S, E], zeros beyond its end.
 
-    A text encoder is loaded for this and freed again: it is needed once a prompt, and is as large as the
-    transformer. Call it before the model itself is loaded, and memory holds one of them at a time.
+    A text encoder is loaded for this and freed again: it is needed once a prompt, and the published one takes
+    11 GB. Called before the model itself is loaded, memory holds one of the two at a time.
     Raises UserError where the model folder lacks its text encoder.
     """
     length = config.dit.text_len
     if config.text is None:
         return jnp.asarray(encode_words(prompt, length, config.dit.text_dim))[None]
-    from lavatar_jax.checkpoints.store import load_text_encoder
+    # Imported only here: small models need neither the tokeniser nor what cleans prompts for it.
     from lavatar_jax.inference.prompt import PromptTokenizer, encode_prompt
 
     tokenizer = PromptTokenizer(folder / "tokenizer", length)

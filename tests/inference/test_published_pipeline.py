@@ -214,7 +214,7 @@ def test_published_folders_must_be_converted_first(
 def test_the_size_is_checked_before_anything_is_loaded(
     folder: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lavatar_jax.checkpoints.store.load_text_encoder", None)
+    monkeypatch.setattr("lavatar_jax.inference.talk.load_text_encoder", None)
     Image.new("RGB", (4000, 20)).save("face.png")
     assert run(lambda: serve.main([*GOOD, "--size", "64x64", "--model", str(models["bf16"])])) == 2
     assert "cannot be fitted into 4096 pixels" in capsys.readouterr().err
