@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -158,6 +159,27 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def load_model(name: str) -> Wav2Vec2:
+    """The speech encoder of a converted model folder."""
+    folder = model_folder(name)
+    config = load_config(folder).speech
+    if config is None:
+        raise UserError(f"{folder} listens to log-mel features, which stream exactly")
+    make = functools.partial(Wav2Vec2, config, rngs=nnx.Rngs(0))
+    return restore_component(folder, "speech", jax.eval_shape(make))
+
+
+def random_model(options: argparse.Namespace) -> Wav2Vec2:
+    config = Wav2Vec2Config(
+        layers=options.layers,
+        width=options.width,
+        ffn_width=4 * options.width,
+        heads=max(1, options.width // 64),
+        conv_width=(options.conv_width,) * 7,
+    )
+    return Wav2Vec2(config, rngs=nnx.Rngs(0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,23 +195,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     options = parser.parse_args()
 
-    if options.model:
-        folder = model_folder(options.model)
-        speech = load_config(folder).speech
-        if speech is None:
-            raise UserError(f"{folder} listens to log-mel features, which stream exactly")
-        model = restore_component(
-            folder, "speech", jax.eval_shape(lambda: Wav2Vec2(speech, rngs=nnx.Rngs(0)))
-        )
-    else:
-        speech = Wav2Vec2Config(
-            layers=options.layers,
-            width=options.width,
-            ffn_width=4 * options.width,
-            heads=max(1, options.width // 64),
-            conv_width=(options.conv_width,) * 7,
-        )
-        model = Wav2Vec2(speech, rngs=nnx.Rngs(0))
+    model = load_model(options.model) if options.model else random_model(options)
+    speech = model.config
     length = int(options.seconds * SAMPLE_RATE)
     if options.audio:
         sounds = [load_sound(path).samples[:length] for path in options.audio]
