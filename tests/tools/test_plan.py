@@ -1,0 +1,160 @@
+"""The model of capacity, and the tool around it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lavatar_jax.config import DiTConfig, VAEConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.evaluation.capacity import (
+    DECODER_ATTENTION,
+    DECODER_CACHE,
+    DECODER_FLOP,
+    Setup,
+    against_paper,
+    dit_for,
+    make_plan,
+    needs,
+)
+from lavatar_jax.evaluation.devices import GPUS, PAPER, from_measurement
+from lavatar_jax.evaluation.flops import StreamShape, count_flops, layer_parameters
+from lavatar_jax.models.vae import make_vae
+from tools import plan as tool
+
+H100 = GPUS["h100"]
+FIVE = Setup(config=DiTConfig(), height=720, width=400, ring=(H100,) * 4, decoder=H100)
+
+
+@pytest.mark.parametrize("size", [(720, 400), (704, 384)])
+def test_within_15_percent_of_the_paper(size: tuple[int, int]) -> None:
+    rows = against_paper(*size)
+    assert {row.value for row, _ in rows} >= {36.0, 45.2, 18.0, 1.21}
+    for row, value in rows:
+        assert value == pytest.approx(row.value, rel=0.15), row.name
+
+
+def test_the_fitted_row_is_met() -> None:
+    [(row, value)] = [(row, value) for row, value in against_paper() if row.role == "fitted"]
+    assert value == pytest.approx(row.value, rel=0.01)
+
+
+def test_arithmetic_of_the_decoder_is_that_of_the_vae() -> None:
+    height, width = 12, 10
+    vae = jax.eval_shape(lambda: make_vae(VAEConfig(), rngs=nnx.Rngs(0)))
+    cache = jax.eval_shape(lambda vae: vae.init_decode_cache(1, height, width), vae)
+    latent = jax.ShapeDtypeStruct((1, 3, height, width, 16), jnp.float32)
+    counted = count_flops(lambda vae, *given: vae.stream_decode(*given, first=False), vae, latent, cache)
+    formula = DECODER_FLOP * 64 * height * width * 12 + DECODER_ATTENTION * 3 * (height * width) ** 2
+    assert formula == pytest.approx(counted, rel=1e-3)
+    held = sum(leaf.size for leaf in jax.tree.leaves(cache))
+    assert 2 * held == pytest.approx(DECODER_CACHE * height * width, rel=1e-6)
+
+
+def test_a_pipeline_trades_devices_for_speed_not_for_latency() -> None:
+    alone = make_plan(dataclasses.replace(FIVE, ring=(H100,), decoder=None))
+    five = make_plan(FIVE)
+    assert five.fps > 4 * alone.fps
+    assert five.ttff_s == pytest.approx(alone.ttff_s, rel=0.01)
+    assert not alone.fits  # 32 GB of weights and four rings
+    assert five.fits
+    assert alone.packet_bytes == 0
+
+
+def test_what_makes_it_faster() -> None:
+    plain = make_plan(FIVE)
+    assert make_plan(dataclasses.replace(FIVE, dtype="fp8")).fps > plain.fps
+    shared = make_plan(dataclasses.replace(FIVE, tensor=2))
+    assert plain.fps < shared.fps < 2 * plain.fps
+    assert shared.loads[0].total_gb < 0.6 * plain.loads[0].total_gb
+    assert make_plan(dataclasses.replace(FIVE, height=704, width=384)).fps > plain.fps
+
+
+def test_the_slowest_stage_and_the_slowest_link_decide() -> None:
+    mixed = make_plan(dataclasses.replace(FIVE, ring=(H100, H100, GPUS["h20"], H100)))
+    slow = make_plan(dataclasses.replace(FIVE, ring=(GPUS["h20"],) * 4))
+    assert mixed.fps == pytest.approx(slow.fps, rel=1e-6)
+    assert mixed.ttff_s < slow.ttff_s
+    wire = make_plan(dataclasses.replace(FIVE, link=0.125))  # 1 Gbit/s
+    assert wire.hop_s == pytest.approx(wire.packet_bytes / 0.125e9)
+    assert wire.tick_s == pytest.approx(make_plan(FIVE).tick_s + wire.hop_s, rel=1e-3)
+
+
+def test_two_sessions_take_twice_the_time_and_rings() -> None:
+    one, two = make_plan(FIVE), make_plan(dataclasses.replace(FIVE, sessions=2))
+    assert two.fps == pytest.approx(one.fps / 2, rel=1e-3)
+    assert two.loads[0].memory["rings"] == 2 * one.loads[0].memory["rings"]
+    assert two.loads[0].memory["weights"] == one.loads[0].memory["weights"]
+
+
+@pytest.mark.parametrize("params", [5e8, 1.3e9, 5e9, 14e9, 30e9, 100e9])
+def test_sizes(params: float) -> None:
+    config = dit_for(params)
+    assert layer_parameters(config)["blocks"] == pytest.approx(params, rel=0.1)
+    assert config.head_dim == 128
+
+
+def test_the_published_sizes() -> None:
+    assert dit_for(14e9) == DiTConfig()
+    assert (dit_for(1.3e9).layers, dit_for(1.3e9).width) == (30, 1536)
+
+
+def test_needs_finds_the_least() -> None:
+    [found] = needs(FIVE, 25, [H100])
+    assert found.setup.devices <= 5
+    assert found.fits
+    assert found.fps >= 25
+    [more] = needs(FIVE, 60, [H100])
+    assert more.setup.devices > 5
+    assert needs(FIVE, 2000, [H100]) == []
+
+
+def test_a_measurement_predicts_itself() -> None:
+    """Calibrated with a made-up report, the plan gives back the time of that report."""
+    shape = StreamShape(config=DiTConfig(), height=88, width=48)
+    report = {
+        "kind": "step", "device": "NVIDIA H100 80GB HBM3", "dtype": "bf16", "date": "2026-01-01", "ms": 240.0,
+        "ceiling_tflops": {"linear": 780.0, "attention": 780.0}, "bandwidth_gbs": H100.bandwidth,
+        "text_cached": True, "pixels": [704, 384], "size": "14b", "layers": 40,
+    }  # fmt: skip
+    calibration = from_measurement(report, shape)
+    assert calibration.decoder_passes == PAPER.decoder_passes
+    setup = dataclasses.replace(FIVE, height=704, width=384, calibration=calibration)
+    assert make_plan(setup).loads[0].work_s == pytest.approx(0.240, rel=1e-6)
+    with pytest.raises(UserError, match="bench_step"):
+        from_measurement({}, shape)
+
+
+def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "plan.json"
+    command = "--params 14e9 --gpu h100 --gpus 5 --resolution 720x400 --json"
+    monkeypatch.setattr("sys.argv", ["plan.py", *command.split(), str(out)])
+    tool.main()
+    assert "36.0 in each of 1 session(s); 25 wanted: yes" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["devices"] == 5
+    assert report["forward_tflop"] == pytest.approx(133.6, rel=1e-3)
+    monkeypatch.setattr("sys.argv", ["plan.py", "--paper"])
+    tool.main()
+    assert capsys.readouterr().out.count("%") == 12
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--gpu h999",
+        "--gpus 7",
+        "--resolution 720",
+        "--params 1",
+        "--tensor 3",
+        "--gpus 7 --tensor 2",
+        "--steps 0",
+    ],
+)
+def test_mistakes_are_one_line(arguments: str) -> None:
+    with pytest.raises(UserError):
+        make_plan(tool.setup_from(tool.parser().parse_args(arguments.split())))
