@@ -38,8 +38,8 @@ class AvatarConfig:
 
 
 class Avatar(NamedTuple):
-    """`speech` is there where the configuration has it. The text encoder is no part of an avatar: it is needed
-    once a prompt, and the published one would take 11 GB all the time."""
+    """`speech` is there where the configuration has it. The text encoder is no part of it: it is needed once a
+    prompt, and the published one would take 11 GB all the time."""
 
     config: AvatarConfig
     dit: CausalDiT
