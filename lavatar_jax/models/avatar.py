@@ -38,10 +38,10 @@ class AvatarConfig:
 
 
 class Avatar(NamedTuple):
-    """`speech` is there where the configuration has it. The text encoder is no part of it: it is needed once a
-    prompt, and the published one would take 11 GB all the time."""
+    """What talks. The text encoder is no part of it: it is needed once a prompt, and the published one would
+    take 11 GB all the time."""
 
     config: AvatarConfig
     dit: CausalDiT
     vae: CausalVAE
-    speech: Wav2Vec2 | None = None
+    speech: Wav2Vec2 | None = None  # where the configuration has it
