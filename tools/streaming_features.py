@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -165,8 +164,8 @@ def load_model(name: str) -> Wav2Vec2:
     config = load_config(folder).speech
     if config is None:
         raise UserError(f"{folder} listens to log-mel features, which stream exactly")
-    make = functools.partial(Wav2Vec2, config, rngs=nnx.Rngs(0))
-    return restore_component(folder, "speech", jax.eval_shape(make))
+    abstract = jax.eval_shape(lambda config=config: Wav2Vec2(config, rngs=nnx.Rngs(0)))
+    return restore_component(folder, "speech", abstract)
 
 
 def random_model(options: argparse.Namespace) -> Wav2Vec2:

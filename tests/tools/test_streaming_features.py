@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lavatar_jax.checkpoints.conversion import Task, convert_folder
 from lavatar_jax.data.speech import write_wav
-from tools.streaming_features import distance, fixed_ratio
+from tests.published import write_published
+from tools.pth import PickledTensors
+from tools.streaming_features import distance, fixed_ratio, load_model, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +43,18 @@ def test_the_report_covers_each_lookahead(tmp_path):
     assert rows[-1]["to_reference"] == 0  # streams exactly
     assert all(0 < row["to_reference"] < 1.5 for row in rows[:-1])
     assert done.stdout.count("| wav2vec2 |") == 4
+
+
+def test_a_converted_model_is_measured(tmp_path):
+    pytest.importorskip("torch")
+    source = write_published(tmp_path)
+    convert_folder(Task(wan=source.wan, out=tmp_path / "model"), PickledTensors)
+    model = load_model(str(tmp_path / "model"))
+    want = source.speech["wav2vec2.encoder.layers.1.attention.q_proj.weight"].T
+    assert np.array_equal(model.layers.q.weight[...][1], want)
+    sound = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)
+    rows = {row.lookahead_ms: row for row in measure(model, [sound], 125)[:-1]}
+    assert rows[320].to_fixed_ratio < rows[0].to_fixed_ratio < 1
 
 
 def test_a_model_without_wav2vec2_is_a_clear_error():
