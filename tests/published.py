@@ -302,9 +302,10 @@ def speech_shapes(weight_norm: tuple[str, str] = ("weight_g", "weight_v")) -> Sh
             "layer_norm.bias": (channels[i + 1],),
         }.items()
     }
+    linears: dict[str, tuple[int, ...]]
     linears = {f"attention.{name}_proj": (width, width) for name in ("k", "v", "q", "out")}
     linears |= {"feed_forward.intermediate_dense": (ffn, width), "feed_forward.output_dense": (width, ffn)}
-    layer = {f"{key}.weight": shape for key, shape in linears.items()}
+    layer: dict[str, tuple[int, ...]] = {f"{key}.weight": shape for key, shape in linears.items()}
     layer |= {f"{key}.bias": shape[:1] for key, shape in linears.items()}
     layer |= {f"{n}.{k}": (width,) for n in ("layer_norm", "final_layer_norm") for k in ("weight", "bias")}
     body = {

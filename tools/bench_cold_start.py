@@ -42,10 +42,10 @@ def measure(model: str, size: str | None) -> dict[str, tuple[float, float]]:
 
     compiling = 0.0
 
-    def add(event: str, seconds: float, **_: str | int) -> None:
+    def add(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal compiling
         if event.endswith(COMPILING):
-            compiling += seconds
+            compiling += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(add)
     times: dict[str, tuple[float, float]] = {}

@@ -70,6 +70,7 @@ def best_ms(run: Callable[[], Any], count: int = 10) -> float:
 def parts(avatar: Avatar) -> dict[str, float]:
     """Milliseconds per block of 12 frames, part by part."""
     config, sampling, dit = avatar.config, avatar.config.sampling, avatar.dit
+    assert isinstance(config.image_size, int), "made for models of one size"
     size = config.image_size // config.vae.spatial_factor
     sound = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 0.1
     frames = config.dit.block_frames * config.vae.temporal_factor
@@ -154,13 +155,14 @@ def step_against_torch(avatar: Avatar) -> dict[str, float] | None:
     from tools.torch_step import StreamingStep
 
     config, sampling, dit = avatar.config, avatar.config.sampling, avatar.dit
+    assert isinstance(config.image_size, int), "made for models of one size"
     size = config.image_size // config.vae.spatial_factor
     conditions = photo_conditions(avatar, np.full((size, size, 3), 128, np.uint8))
     session = start_session(dit, conditions.text, None, sampling=sampling)
     ring = init_rings(config.dit, sampling, 1, size, size, dit.dtype)[0]
     plan = plan_block(config.dit, sampling, 1000, size, size, [20] * (sampling.steps + 1))
     latent = jnp.zeros((1, config.dit.block_frames, size, size, config.dit.latent_channels))
-    features = np.zeros((1, 1, 1, config.log_mel.dim, 12), np.float32)
+    features = np.zeros((1, 1, config.dit.audio_layers, config.dit.audio_dim, 12), np.float32)
     audio = encode_audio(dit.audio_encoder, jnp.asarray(features))
     tokens = latent.shape[1] * (size // config.dit.patch) ** 2
     slot = ring_slot(1000, tokens, sampling.ring_blocks * tokens)

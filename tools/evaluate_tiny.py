@@ -229,6 +229,7 @@ def main() -> int:
     started = time.perf_counter()
     avatar = load_model_folder(arguments.model)
     size = avatar.config.image_size
+    assert isinstance(size, int), "made for models of one size"
     if not (arguments.speech / "heldout").is_dir():
         write_corpus(arguments.speech, "heldout", 16)
     arguments.out.mkdir(parents=True, exist_ok=True)

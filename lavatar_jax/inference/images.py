@@ -81,7 +81,8 @@ def video_size(image: np.ndarray, image_size: int | tuple[int, int]) -> tuple[in
     fixed square, or the sides of the largest area (`size_less_than_area`)."""
     if isinstance(image_size, int):
         return image_size, image_size
-    return size_less_than_area(*image.shape[:2], math.prod(image_size))
+    height, width = image.shape[:2]
+    return size_less_than_area(height, width, math.prod(image_size))
 
 
 def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
