@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -21,10 +21,15 @@ Features = Float[np.ndarray, "L A T"]
 
 
 class FeatureStream(Protocol):
-    """Sound in as it arrives, features of video frames out as they are complete; `flush` ends the sound."""
+    """Sound in as it arrives, features of video frames out as they are complete; `flush` ends the sound.
+
+    Another stream of the same kind goes on, bit by bit, with what `state` returns.
+    """
 
     def push(self, samples: Samples) -> Features: ...
     def flush(self) -> Features: ...
+    def state(self) -> dict[str, np.ndarray]: ...
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None: ...
 
 
 def make_stream(avatar: Avatar) -> FeatureStream:

@@ -18,6 +18,7 @@ from `speech_features`, which is exact:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,14 @@ class RunningNorm:
         deviation = np.sqrt(max(self._variance + 1e-7, self._floor**2))
         return ((samples - self._mean) / deviation).astype(np.float32)
 
+    def state(self) -> np.ndarray:
+        """For `set_state`: float64 [4]."""
+        return np.array([self._mean, self._variance, self._weight, self._quiet], np.float64)
+
+    def set_state(self, state: np.ndarray) -> None:
+        self._mean, self._variance, self._weight = (float(value) for value in state[:3])
+        self._quiet = int(state[3])
+
 
 @jax.jit
 def _features(
@@ -163,6 +172,20 @@ class Wav2Vec2Stream:
             left = total - self._done
             blocks.append(self._next_block()[..., :left])
         return np.concatenate(blocks, axis=-1)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the next features depend on, for `set_state` of another stream of this model."""
+        counts = np.array([self._unheard, self._received, self._done], np.int64)
+        return {
+            "samples": self._samples.copy(), "quiet": self._quiet.copy(), "counts": counts,
+            "norm": self._norm.state(),
+        }  # fmt: skip
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on, bit by bit, where `state` was taken."""
+        self._samples, self._quiet = np.array(state["samples"]), np.array(state["quiet"])
+        self._unheard, self._received, self._done = (int(count) for count in state["counts"])
+        self._norm.set_state(state["norm"])
 
     def _empty(self, frames: int) -> Features:
         config = self._model.config

@@ -50,6 +50,16 @@ def test_pieces_change_nothing(pieces):
     assert np.array_equal(streamed(samples, SMALL, pieces), streamed(samples, SMALL))
 
 
+def test_a_restored_stream_goes_on_exactly():
+    samples, cut = noise(13_333), 7_000
+    stream, other = Wav2Vec2Stream(MODEL, SMALL), Wav2Vec2Stream(MODEL, SMALL)
+    before = stream.push(samples[:cut])
+    other.push(noise(5_000, seed=1))
+    other.set_state(stream.state())
+    features = np.concatenate([before, other.push(samples[cut:]), other.flush()], axis=-1)
+    assert np.array_equal(features, streamed(samples, SMALL))
+
+
 @pytest.mark.parametrize("count", [0, 1, 399, 400, 640, 641, 640 * 3, 640 * 9 + 1, 640 * 30 - 1])
 def test_a_recording_has_as_many_frames_as_with_log_mel(count):
     features = streamed(noise(count), SMALL)
