@@ -1,0 +1,81 @@
+"""From samples to blocks: the features that a block of video needs, and the sound that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from lavatar_jax.inference.listen import FeatureStream
+from lavatar_jax.inference.sound import SAMPLE_RATE
+
+Samples = Float[np.ndarray, " n"]
+FADE = SAMPLE_RATE // 200  # 5 ms: short enough to be at once, long enough not to click
+
+
+def fade_out(sound: Samples, *, begun: bool) -> None:
+    """Silences a sound in place: within 5 ms, or at once where an earlier one has faded (`begun`)."""
+    fade = 0 if begun else min(FADE, len(sound))
+    sound[:fade] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)
+    sound[fade:] = 0.0
+
+
+def stream_delay(stream: FeatureStream, block_frames: int, fps: int) -> int:
+    """How many samples beyond a block its features need: the look-ahead. `stream` is used up."""
+    frame = SAMPLE_RATE // fps
+    ready = stream.push(np.zeros(block_frames * frame, np.float32)).shape[-1]
+    delay = 0
+    while ready < block_frames:
+        ready += stream.push(np.zeros(frame, np.float32)).shape[-1]
+        delay += frame
+    return delay
+
+
+class Hearing:
+    """One session's ear: feeds a stream and cuts features and sound into blocks that belong together.
+
+    `delay`: what `stream_delay` found for such a stream.
+    """
+
+    def __init__(self, stream: FeatureStream, block_frames: int, fps: int, delay: int) -> None:
+        self._stream, self.frames, self.fps = stream, block_frames, fps
+        self.block = block_frames * SAMPLE_RATE // fps  # samples of a block
+        self._features = stream.push(np.zeros(0, np.float32))
+        self._sound = np.zeros(0, np.float32)
+        self.delay = delay
+        self.heard = 0  # samples ever
+        self.taken = 0  # blocks ever
+
+    def missing(self) -> int:
+        """How many more samples the next block needs before `take`."""
+        return max(0, self.block + self.delay - len(self._sound))
+
+    def push(self, samples: Samples) -> None:
+        self._features = np.concatenate([self._features, self._stream.push(samples)], axis=-1)
+        self._sound = np.concatenate([self._sound, samples])
+        self.heard += len(samples)
+
+    def take(self) -> tuple[Float[np.ndarray, "L A T"], Samples]:
+        """Features and sound of the next block, of which nothing may be missing."""
+        features, self._features = np.split(self._features, [self.frames], axis=-1)
+        sound, self._sound = np.split(self._sound, [self.block])
+        self.taken += 1
+        return features, sound.copy()
+
+    def fade_out(self, *, begun: bool) -> None:
+        """Silences the sound that is not in a block yet."""
+        self._sound = self._sound.copy()
+        fade_out(self._sound, begun=begun)
+
+    def state(self) -> dict[str, np.ndarray]:
+        counts = np.array([self.heard, self.taken], np.int64)
+        stream = {f"stream.{name}": value for name, value in self._stream.state().items()}
+        return {"features": self._features, "sound": self._sound, "counts": counts, **stream}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state` was taken."""
+        self._features, self._sound = np.array(state["features"]), np.array(state["sound"])
+        self.heard, self.taken = (int(count) for count in state["counts"])
+        inner = {name.removeprefix("stream."): v for name, v in state.items() if name.startswith("stream.")}
+        self._stream.set_state(inner)
