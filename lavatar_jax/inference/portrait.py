@@ -1,0 +1,50 @@
+"""A photo and a prompt for a video of a given size: what a session starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.conditions import image_conditions
+from lavatar_jax.inference.images import cover_and_crop, load_image, resize_and_crop, size_less_than_area
+from lavatar_jax.models.avatar import Avatar, AvatarConfig
+from lavatar_jax.models.words import encode_words
+from lavatar_jax.types import Conditions
+
+
+def video_sides(config: AvatarConfig) -> tuple[int, int]:
+    """(height, width) of the videos a model makes, whatever the photo's proportions, in pixels."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else size_less_than_area(*size, size[0] * size[1])
+
+
+def hashed_words(config: AvatarConfig, prompt: str) -> Float[Array, "1 S E"]:
+    """A prompt for models without a text encoder. Raises UserError for the others."""
+    if config.text is not None:
+        raise UserError(f"{config.name} reads prompts with a text encoder: give the states of the prompt")
+    return jnp.asarray(encode_words(prompt, config.dit.text_len, config.dit.text_dim))[None]
+
+
+def portrait_conditions(
+    avatar: Avatar,
+    image: UInt8[np.ndarray, "H W 3"] | str | Path,
+    text: Float[Array, "1 S E"],
+    size: tuple[int, int],
+) -> Conditions:
+    """A photo (pixels or a file), resized and cropped as the model was trained to `size` (height, width).
+
+    Raises UserError for what is no picture.
+    """
+    config = avatar.config
+    if isinstance(image, str | Path):
+        image = load_image(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        raise UserError("a picture is a file, or pixels uint8 [height, width, 3]")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise UserError(f"a picture has pixels [height, width, 3], not {list(image.shape)}")
+    fit = cover_and_crop if isinstance(config.image_size, int) else resize_and_crop
+    return image_conditions(config.dit, avatar.vae, config.sampling, fit(image, *size), text)

@@ -1,0 +1,518 @@
+"""Sessions on one pipeline, with a clock that only moves when told."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from lavatar_jax.config import SamplingConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.hearing import FADE
+from lavatar_jax.inference.session import AvatarSession
+from lavatar_jax.inference.session_host import Busy, SessionHost
+from lavatar_jax.inference.talk import photo_conditions, talk
+from lavatar_jax.models.avatar import Avatar, AvatarConfig
+from lavatar_jax.models.logmel import LogMelConfig
+from lavatar_jax.parallel import PipelineLayout
+from tests.tiny import random_dit, random_vae, tiny_config, tiny_vae_config
+
+SAMPLING = SamplingConfig(
+    motion=False, adapt_sink_after=1, prime_latents=2, ring_blocks=2, steps=2, drop_first_frames=0
+)
+MEL = LogMelConfig(bands=2, pooled=1)
+BLOCK = 7680
+STAGES = PipelineLayout(stages=2)
+ONE = PipelineLayout(stages=1, own_decoder=False)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@functools.cache
+def avatar(sampling: SamplingConfig = SAMPLING) -> Avatar:
+    dit = tiny_config(audio_dim=MEL.dim, audio_layers=1)
+    config = AvatarConfig(
+        name="test", image_size=16, dit=dit, vae=tiny_vae_config(), sampling=sampling, log_mel=MEL
+    )
+    return Avatar(config, random_dit(dit), random_vae(config.vae))
+
+
+def photo(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (20, 24, 3)).astype(np.uint8)
+
+
+def speech(blocks: float, seed: int = 0) -> np.ndarray:
+    return (0.3 * np.random.default_rng(seed).standard_normal(int(blocks * BLOCK))).astype(np.float32)
+
+
+def make_host(slots: int = 2, layout: PipelineLayout = ONE, sampling=SAMPLING, name="here") -> SessionHost:
+    """An empty host. They are used again: compiling is what takes time. `name` tells two of a kind apart."""
+    host = cached_host(slots, layout, sampling, name)
+    for session in host.sessions:
+        session.close()
+    host.clock.now = 1000.0
+    return host
+
+
+@functools.cache
+def cached_host(slots: int, layout: PipelineLayout, sampling: SamplingConfig, name: str) -> SessionHost:
+    return SessionHost(avatar(sampling), slots, layout, clock=Clock())
+
+
+def drain(session: AvatarSession) -> list:
+    blocks = []
+    while (block := session.read()) is not None:
+        blocks.append(block)
+    return blocks
+
+
+def run(host: SessionHost, seconds: float, each=None) -> None:
+    """Steps as time passes, in ticks of 20 ms of the clock; work itself takes no time."""
+    for _ in range(round(seconds / 0.02)):
+        if each:
+            each()
+        while host.step() == 0.0:
+            pass
+        host.clock.now += 0.02
+
+
+def offline(host: SessionHost, session: AvatarSession) -> list:
+    """All blocks of a session that is not live and was told to finish."""
+    return list(session)
+
+
+def frames_of(blocks) -> np.ndarray:
+    return np.concatenate([block.frames for block in blocks])
+
+
+def sound_of(blocks) -> np.ndarray:
+    return np.concatenate([block.sound for block in blocks])
+
+
+@pytest.mark.parametrize("layout", [ONE, STAGES], ids=["1", "2+1"])
+def test_not_live_is_talk(layout: PipelineLayout) -> None:
+    """The frames of the sequential rollout, for any chunking, and the very sound that was pushed."""
+    sampling = dataclasses.replace(SAMPLING, adapt_sink_after=layout.stages)
+    samples = speech(4.3)
+    model = avatar(sampling)
+    want = np.concatenate(list(talk(model, photo_conditions(model, photo()), samples, seed=3)))
+    host = make_host(layout=layout)
+    session = host.open(photo(), seed=3, live=False)
+    cuts = [0, 1, 700, 9000, 9001, 20000, len(samples)]
+    for start, end in itertools.pairwise(cuts):
+        assert session.push_audio(samples[start:end]) == end - start
+        host.step()
+    session.finish()
+    blocks = offline(host, session)
+    assert [block.index for block in blocks] == [0, 1, 2, 3, 4]
+    assert [block.time for block in blocks] == [0.0, 0.48, 0.96, 1.44, 1.92]
+    np.testing.assert_allclose(frames_of(blocks).astype(int), want.astype(int), atol=1)
+    np.testing.assert_array_equal(sound_of(blocks)[: len(samples)], samples)
+    assert not sound_of(blocks)[len(samples) :].any()
+    assert session.reason == "finished"
+
+
+def test_frames_that_decoding_drops_are_part_of_the_time() -> None:
+    sampling = dataclasses.replace(SAMPLING, drop_first_frames=3)
+    samples, model = speech(2), avatar(sampling)
+    want = np.concatenate(list(talk(model, photo_conditions(model, photo()), samples)))
+    host = make_host(sampling=sampling)
+    session = host.open(photo(), live=False)
+    session.push_audio(samples)
+    session.finish()
+    blocks = offline(host, session)
+    assert all(len(block.frames) == 12 for block in blocks)
+    np.testing.assert_allclose(frames_of(blocks)[3:].astype(int), want.astype(int), atol=1)
+    np.testing.assert_array_equal(sound_of(blocks)[3 * 640 :][: len(samples)], samples)
+
+
+def test_sessions_that_share_a_host_show_what_they_show_alone() -> None:
+    """Joining and leaving at any time, in any slot: not a bit differs."""
+
+    def feed(session: AvatarSession, seed: int) -> None:
+        session.push_audio(speech(5, seed))
+        session.finish()
+
+    alone = {}
+    for seed in (1, 2, 3):
+        host = make_host(3, STAGES)
+        session = host.open(photo(seed), prompt=f"voice {seed}", seed=seed, live=False)
+        feed(session, seed)
+        alone[seed] = frames_of(offline(host, session))
+    host = make_host(3, STAGES)
+    others = {}
+    for seed in (3, 1):
+        others[seed] = host.open(photo(seed), prompt=f"voice {seed}", seed=seed, live=False)
+        feed(others[seed], seed)
+        for _ in range(3):
+            host.step()
+    leaver = host.open(photo(9), live=False)
+    leaver.push_audio(speech(3))
+    host.step()
+    leaver.close("goes away")
+    others[2] = host.open(photo(2), prompt="voice 2", seed=2, live=False)
+    feed(others[2], 2)
+    for seed, session in others.items():
+        np.testing.assert_array_equal(frames_of(offline(host, session)), alone[seed])
+
+
+def test_busy_until_somebody_leaves() -> None:
+    host = make_host(1)
+    first = host.open(photo())
+    with pytest.raises(Busy, match="all 1 places are taken"):
+        host.open(photo())
+    first.close()
+    host.open(photo())
+    assert first.reason == "closed"
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), "missing.png"])
+def test_a_bad_picture_takes_no_slot(image) -> None:
+    host = make_host()
+    with pytest.raises(UserError):
+        host.open(image)
+    host.open(photo())
+
+
+def test_silence_keeps_the_pace_of_the_clock() -> None:
+    host = make_host()
+    session = host.open(photo())
+    times: list[float] = []
+
+    def read() -> None:
+        times.extend(host.clock.now for _ in drain(session))
+
+    run(host, 4.8, read)
+    assert len(times) == 10  # a block each 480 ms, none ahead of its time
+    np.testing.assert_allclose(np.diff(times), 0.48, atol=0.021)
+    assert session.stats.underruns == session.stats.held == 0
+
+
+def test_sound_that_is_missing_in_speech_is_an_underrun_and_silence_is_not() -> None:
+    host = make_host()
+    session = host.open(photo())
+    blocks = []
+
+    def read() -> None:
+        blocks.extend(drain(session))
+
+    run(host, 1.0, read)
+    assert session.stats.underruns == 0
+    session.push_audio(speech(1.5))  # and no end of speech: more should come
+    run(host, 3.0, read)
+    assert session.stats.underruns == 1
+    session.push_audio(speech(1.5))
+    session.end_of_speech()
+    run(host, 3.0, read)
+    assert session.stats.underruns == 1
+    heard = sound_of(blocks)
+    assert np.count_nonzero(heard) == 2 * int(1.5 * BLOCK)  # nothing of it was lost
+
+
+def test_a_microphone_is_heard_completely_and_in_time() -> None:
+    """Chunks of 20 ms that arrive irregularly, up to 60 ms late."""
+    host = make_host()
+    session = host.open(photo())
+    said = speech(10)
+    sent = 0
+
+    def talk_on() -> None:
+        nonlocal sent
+        late = 0.06 * (int(host.clock.now * 50) % 4 == 0)
+        due = int((host.clock.now - 1000.0 - late) * 16_000)
+        if due > sent:
+            session.push_audio(said[sent:due])
+            sent = max(sent, due)
+
+    blocks = []
+    run(host, 4.8, lambda: (talk_on(), blocks.extend(drain(session))))
+    heard = sound_of(blocks)
+    first = np.flatnonzero(heard)[0]
+    np.testing.assert_array_equal(heard[first:], said[: len(heard) - first])
+    assert first <= BLOCK + 1280 + 320  # one block, the look-ahead
+    assert session.stats.underruns == 0
+    waits = [block.latency.parts()["wait"] for block in blocks[2:]]
+    assert max(waits) < 0.1
+
+
+def test_broken_samples_are_silence_and_wrong_shapes_an_error() -> None:
+    host = make_host()
+    session = host.open(photo(), live=False)
+    session.push_audio(np.array([np.nan, np.inf, -np.inf, 0.5], np.float32))
+    session.finish()
+    np.testing.assert_array_equal(sound_of(session)[:5], np.float32([0, 0, 0, 0.5, 0]))
+    with pytest.raises(ValueError, match="mono"):
+        host.open(photo()).push_audio(np.zeros((2, 4)))
+
+
+def test_memory_is_bounded_on_both_sides() -> None:
+    host = make_host()
+    session = host.open(photo(), queued=2.0, unread=3)
+    assert session.push_audio(speech(10)) == 32_000
+    assert session.stats.dropped_samples == 10 * BLOCK - 32_000
+    run(host, 4.8)
+    blocks = drain(session)
+    assert [block.index for block in blocks] == [7, 8, 9]
+    assert session.stats.dropped_frames == 7 * 12
+
+
+def test_without_a_clock_an_unread_session_waits_for_its_reader() -> None:
+    host = make_host(layout=STAGES)
+    session = host.open(photo(), live=False, unread=3)
+    session.push_audio(speech(8))
+    session.finish()
+    for _ in range(20):
+        host.step()
+    assert host.step() == math.inf
+    assert len(session.outbox) == 3
+    assert [block.index for block in session] == list(range(8))
+    assert session.stats.dropped_frames == 0
+
+
+def test_interrupt() -> None:
+    """The old sound fades within 5 ms, the next block's is silent, and the picture moves on as before."""
+    host = make_host(layout=STAGES)
+    session = host.open(photo())
+    session.push_audio(speech(20))
+    before = []
+    run(host, 3.0, lambda: before.extend(drain(session)))
+    while not len(session.outbox):
+        run(host, 0.02)
+    session.interrupt()
+    assert session.queued_seconds == 0
+    after = []
+    run(host, 3.0, lambda: after.extend(drain(session)))
+    sound = sound_of(after)
+    assert sound[: FADE // 2].any()
+    assert not sound[FADE:].any()
+    assert np.abs(sound[:FADE]).max() <= 1.0
+    assert abs(sound[FADE - 1]) < 0.01
+    motion = frame_steps(before[1:])
+    assert frame_steps([before[-1], *after])[:36].max() <= 1.1 * motion.max()
+    session.push_audio(speech(2))  # and it can talk again
+    session.end_of_speech()
+    run(host, 3.0)
+    assert np.count_nonzero(sound_of(drain(session))) == 2 * BLOCK
+
+
+def frame_steps(blocks) -> np.ndarray:
+    """Mean difference of each frame to the one before."""
+    return np.abs(np.diff(frames_of(blocks).astype(float), axis=0)).mean(axis=(1, 2, 3))
+
+
+def test_after_an_interrupt_the_avatar_does_what_it_does_in_silence() -> None:
+    """From the block after the interrupt on, features are those of silence."""
+    host = make_host()
+    session = host.open(photo())
+    session.push_audio(speech(20))
+    run(host, 2.0)
+    session.interrupt()
+    taken = session._hearing.taken
+    heard = []
+    take = session._hearing.take
+    session._hearing.take = lambda: heard.append(take()) or heard[-1]
+    run(host, 2.0)
+    assert session._hearing.taken > taken + 2
+    silent = heard[-1][0]
+    assert np.ptp(silent, axis=-1).max() == 0
+    frames_of_old_speech = np.abs(heard[0][0] - silent).max(axis=(0, 1)) > 0
+    assert frames_of_old_speech.nonzero()[0].max(initial=-1) < 4  # the look-ahead it had already heard
+    assert not any(np.abs(features - silent).any() for features, _ in heard[1:])
+
+
+def test_save_and_restore_in_another_host(tmp_path) -> None:
+    """Saved in the middle of speech, and gone on with elsewhere, next to others: not a bit differs."""
+    samples = speech(7.4)
+    whole_host = make_host(2, STAGES)
+    whole = whole_host.open(photo(), prompt="hello", seed=5, live=False)
+    whole.push_audio(samples)
+    whole.finish()
+    want = offline(whole_host, whole)
+    host = make_host(2, STAGES)
+    session = host.open(photo(), prompt="hello", seed=5, live=False)
+    other = host.open(photo(1), seed=1, live=False)
+    other.push_audio(speech(9, 1))
+    session.push_audio(samples[: int(2.7 * BLOCK)])
+    for _ in range(4):
+        host.step()
+    host.save(session, tmp_path / "session.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["session.safetensors"]
+    got = drain(session)
+    assert 0 < len(got) < 7
+    elsewhere = make_host(2, STAGES, name="elsewhere")
+    elsewhere.open(photo(4), live=False).push_audio(speech(4))
+    elsewhere.step()
+    restored = elsewhere.restore(tmp_path / "session.safetensors", live=False)
+    restored.push_audio(samples[int(2.7 * BLOCK) :])
+    restored.finish()
+    got += offline(elsewhere, restored)
+    assert [block.index for block in got] == list(range(8))
+    np.testing.assert_array_equal(frames_of(got), frames_of(want))
+    np.testing.assert_array_equal(sound_of(got), sound_of(want))
+    session.push_audio(samples[int(2.7 * BLOCK) :])  # and where it was saved it goes on as well
+    session.finish()
+    rest = frames_of(offline(host, session))
+    np.testing.assert_array_equal(rest, frames_of(want)[-len(rest) :])
+
+
+def test_a_saved_session_is_checked(tmp_path) -> None:
+    host = make_host(1)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="there is no saved session"):
+        host.restore(path)
+    host.save(host.open(photo()), path)
+    with pytest.raises(Busy):
+        host.restore(path)
+    other = make_host(sampling=dataclasses.replace(SAMPLING, ring_blocks=3))
+    with pytest.raises(UserError, match="was saved with"):
+        other.restore(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    host.sessions[0].close()
+    with pytest.raises(UserError, match="damaged"):
+        host.restore(path)
+    with pytest.raises(UserError, match="cannot be written"):
+        host.save(host.open(photo()), tmp_path / "no" / "such.safetensors")
+
+
+@pytest.mark.parametrize("fault", ["callback", "features", "prompt"])
+def test_a_fault_closes_its_session_only(fault: str) -> None:
+    def run_with(faulty: bool) -> np.ndarray:
+        host = make_host(2, STAGES)
+        good = host.open(photo(1), seed=1)
+        bad = host.open(photo(2), on_block=(lambda block: 1 / 0) if fault == "callback" and faulty else None)
+        blocks = []
+        run(host, 1.0, lambda: blocks.extend(drain(good)))
+        if faulty and fault == "features":
+            bad._hearing.push = None
+        if faulty and fault == "prompt":
+            bad.set_prompt(np.zeros((1, 3, 3, 3)))
+        run(host, 3.0, lambda: blocks.extend(drain(good)))
+        assert (bad.reason is not None) == faulty
+        assert good.reason is None
+        if faulty:
+            assert bad.reason.startswith("failed: ")
+            with pytest.raises(UserError, match="the session is closed"):
+                bad.push_audio(speech(1))
+            host.open(photo(3))  # its place is free
+        return frames_of(blocks)
+
+    np.testing.assert_array_equal(run_with(True), run_with(False))
+
+
+def test_a_late_block_holds_the_last_frame_and_time_goes_on() -> None:
+    host = make_host()
+    session = host.open(photo())
+    blocks = []
+    run(host, 2.0, lambda: blocks.extend(drain(session)))
+    before = len(blocks)
+    session.push_audio(speech(3))
+    session.end_of_speech()
+    host.clock.now += 2.0  # the machine was elsewhere
+    run(host, 4.0, lambda: blocks.extend(drain(session)))
+    assert session.stats.held == 3
+    held = [block for block in blocks if block.held]
+    assert [block.index for block in held] == list(range(before, before + 3))
+    for block in held:
+        assert (block.frames == blocks[before - 1].frames[-1]).all()
+        assert not block.sound.any()
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    assert len(blocks) == 1 + int(7.98 / 0.48)  # as many as have begun, the clock says
+    assert np.count_nonzero(sound_of(blocks)) == 3 * BLOCK  # sound waited with the picture
+
+
+def test_pauses_are_skipped_when_too_much_sound_waits() -> None:
+    host = make_host()
+    session = host.open(photo(), max_delay=0.1)
+    pause = np.zeros(16_000, np.float32)
+    session.push_audio(np.concatenate([speech(1), pause, speech(1)]))
+    session.end_of_speech()
+    run(host, 3.0)
+    heard = sound_of(drain(session))
+    assert np.count_nonzero(heard) == 2 * BLOCK
+    assert session.stats.skipped_samples > 4000
+
+
+def test_latency_of_a_block_and_of_speech() -> None:
+    host = make_host(layout=STAGES)
+    session = host.open(photo())
+    run(host, 2.0)
+    drain(session)
+    session.push_audio(np.concatenate([np.zeros(3200, np.float32), speech(1)]))
+    pushed = host.clock.now
+    session.end_of_speech()
+    run(host, 2.0)
+    block = next(block for block in drain(session) if block.sound.any())
+    latency = block.latency
+    assert latency.arrived == latency.first_speech == pushed
+    assert len(latency.stages) == 2
+    assert sum(latency.parts().values()) == pytest.approx(latency.out - pushed)
+    assert list(session.stats.silence_to_speech) == [latency.out - pushed]
+    assert 0 < latency.out - pushed < 0.5
+    assert session.stats.first_frame == 0.0
+
+
+def test_early_exit_shows_the_first_blocks_sooner_and_changes_no_other_state() -> None:
+    def blocks(early_exit) -> tuple[list, list]:
+        host = make_host(layout=PipelineLayout(stages=2))
+        session = host.open(photo(), live=False, early_exit=early_exit)
+        session.push_audio(speech(4))
+        session.finish()
+        return session, list(session)
+
+    plain, want = blocks(None)
+    early, got = blocks(0)
+    assert early.stats.early == 1
+    assert [block.early for block in got] == [True, False, False, False]
+    assert len(got[0].latency.stages) == 1
+    assert (got[0].frames != want[0].frames).any()
+    assert len(got) == len(want) == 4
+    assert plain.stats.early == 0
+    one = make_host(layout=ONE).open(photo(), early_exit=0)
+    assert one.options.early_exit is None  # one stage has nothing to leave early
+
+
+def test_a_prompt_can_change() -> None:
+    def last(prompts: list[str]) -> np.ndarray:
+        host = make_host()
+        session = host.open(photo(), prompt="calm", live=False)
+        for prompt in prompts:
+            session.set_prompt(prompt)
+            session.push_audio(speech(1))
+            host.step()
+        session.finish()
+        return list(session)[-1].frames
+
+    np.testing.assert_array_equal(last(["calm", "calm"]), last(["calm", "calm"]))
+    assert (last(["calm", "angry"]) != last(["calm", "calm"])).any()
+
+
+def test_a_thread_serves_readers_and_ends() -> None:
+    host = SessionHost(avatar(), 2, ONE)
+    host.start()
+    done = []
+
+    def read(session: AvatarSession) -> None:
+        done.append(len(list(session)))
+
+    threads = []
+    for seed in range(2):
+        session = host.open(photo(seed), live=False)
+        session.push_audio(speech(3, seed))
+        session.finish()
+        threads.append(threading.Thread(target=read, args=(session,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert done == [3, 3]
+    left = host.open(photo())
+    host.close()
+    assert left.reason == "the server stops"
