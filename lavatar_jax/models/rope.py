@@ -7,6 +7,8 @@ Python int, and hands over a few kilobytes of float32 cosines and sines: exact f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -94,8 +96,13 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def angles(grids: list[Grid], head_dim: int) -> Float[np.ndarray, "T half"]:
-    """Rotation angles of all tokens of the grids, in order, float64."""
+def angles(
+    grids: list[Grid], head_dim: int, function: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> Float[np.ndarray, "T half"]:
+    """Rotation angles of all tokens of the grids, in order, float64; or an elementwise function of them.
+
+    The function sees the angles of each axis, a few hundred numbers, before they are laid over the grid.
+    """
     parts = []
     for grid in grids:
         axes = []
@@ -105,24 +112,36 @@ def angles(grids: list[Grid], head_dim: int) -> Float[np.ndarray, "T half"]:
             frequency = THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
             shape = [1, 1, 1, dim // 2]
             shape[axis] = len(position)
-            angle = (position[:, None] * frequency).reshape(shape)
+            angle = function((position[:, None] * frequency).reshape(shape))
             axes.append(np.broadcast_to(angle, (*grid.shape, dim // 2)))
         parts.append(np.concatenate(axes, axis=-1).reshape(-1, head_dim // 2))
     return np.concatenate(parts)
 
 
 def rope(grids: list[Grid], head_dim: int, *, half_table: bool = False) -> Rope:
-    """Cosines and sines of all tokens of the grids, float32.
+    """Cosines and sines of all tokens of the grids, float32, not to be written to.
 
     `half_table=True` rounds them to float16 first, which reproduces the released PyTorch code
     (about 1e-4 on the model's output).
     """
-    angle = angles(grids, head_dim)
-    cos, sin = np.cos(angle), np.sin(angle)
-    if half_table:
+    tables = [_grid_rope(grid, head_dim, half_table) for grid in grids]
+    return tables[0] if len(tables) == 1 else concatenate(*tables)
+
+
+@functools.lru_cache(maxsize=32)  # motion grids never move, and all steps of a block may share a distance
+def _grid_rope(grid: Grid, head_dim: int, half_table: bool) -> Rope:
+    def rounded(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float32)
         # The reference casts a complex128 table through float32.
-        cos, sin = (part.astype(np.float32).astype(np.float16) for part in (cos, sin))
-    return Rope(cos.astype(np.float32), sin.astype(np.float32))
+        return x.astype(np.float16).astype(np.float32) if half_table else x
+
+    table = Rope(
+        angles([grid], head_dim, lambda x: rounded(np.cos(x))),
+        angles([grid], head_dim, lambda x: rounded(np.sin(x))),
+    )
+    for part in table:
+        part.flags.writeable = False
+    return table
 
 
 def zero_rope(tokens: int, head_dim: int) -> Rope:

@@ -150,3 +150,25 @@ def test_rotation_keeps_length_and_dtype() -> None:
     y = rp.apply_rope(x, table)
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     assert rp.apply_rope(x.astype(jnp.bfloat16), table).dtype == jnp.bfloat16
+
+
+def test_tables_are_shared_and_cannot_be_written_to() -> None:
+    grids = rp.sink_grids(8, 8, 2, motion=False)
+    first, second = rp.rope(grids, 24), rp.rope(grids, 24)
+    assert first.cos is second.cos
+    with pytest.raises(ValueError, match="read-only"):
+        first.cos[0] = 0
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_tables_are_functions_of_the_angles(half: bool) -> None:
+    """Cosines are taken axis by axis, before they are laid over the grid; that must change no bit."""
+    grids = rp.sink_grids(16, 24, 2, roll=1_000_003)
+    angle = rp.angles(grids, 24)
+    table = rp.rope(grids, 24, half_table=half)
+    for part, function in zip(table, (np.cos, np.sin), strict=True):
+        want = function(angle).astype(np.float32)
+        if half:
+            want = want.astype(np.float16).astype(np.float32)
+        assert part.dtype == np.float32
+        np.testing.assert_array_equal(part, want)
