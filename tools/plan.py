@@ -130,7 +130,7 @@ def describe(plan: Plan, wanted: float) -> str:
     lines = [
         f"{config.layers} layers of {config.width}, {setup.height}x{setup.width}, {setup.dtype}, "
         f"{setup.steps} steps; {count}, {own}",
-        f"calibration: {setup.calibration.name}, {setup.calibration.passes:.0f} passes a layer beyond arithmetic",
+        f"calibration: {setup.calibration.name}, {setup.calibration.passes:.0f} passes a layer",
         "",
         f"| device | does | ms a block | {' | '.join(columns)} | of memory, GB |",
         "|---" * (4 + len(columns)) + "|",
@@ -210,7 +210,8 @@ def needs_table(setup: Setup, fps: float) -> tuple[str, list[Plan]]:
                 )
                 lines.append(
                     f"| {name} | {dtype} | {plan.setup.devices} | {layout} | {plan.fps:.1f} "
-                    f"| {plan.ttff_s:.2f} | {plan.loads[0].total_gb:.0f} of {device.memory:.0f} | {plan.watts:.0f} |"
+                    f"| {plan.ttff_s:.2f} | {plan.loads[0].total_gb:.0f} of {device.memory:.0f} "
+                    f"| {plan.watts:.0f} |"
                 )
     return "\n".join(lines), plans
 

@@ -37,7 +37,8 @@ def dit_for(params: float) -> DiTConfig:
     """The transformer whose large matrices (without injectors) have about `params` weights.
 
     1.3e9 and 14e9 are the published shapes. Others get heads of 128 channels, a feed-forward 2.7 times as
-    wide, and a depth that grows with the fourth root of the size: 48 layers of 6784 at 30e9, 65 of 10752 at 100e9.
+    wide, and a depth that grows with the fourth root of the size: 48 layers of 6784 at 30e9, 65 of 10752 at
+    100e9.
     """
     if not 1e8 <= params <= 1e12:
         raise UserError(f"--params {params:g}: expected between 1e8 and 1e12")
