@@ -12,7 +12,11 @@ from jaxtyping import Array, Float
 
 
 class Linear(nnx.Module):
-    """`x @ weight + bias`, weight [in, out]; computes in the weight's dtype, or in float32 if asked to."""
+    """`x @ weight + bias`, weight [in, out]; computes in the weight's dtype, or in float32 if asked to.
+
+    In place of the array, `weight` may hold a `quant.QuantizedWeight` or a `lora.AdaptedWeight`; the result
+    then has the bias's dtype.
+    """
 
     def __init__(
         self, n_in: int, n_out: int, *, rngs: nnx.Rngs, zero: bool = False, float32: bool = False
@@ -23,8 +27,11 @@ class Linear(nnx.Module):
         self.float32 = float32
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        dtype = jnp.float32 if self.float32 else self.weight[...].dtype
-        return x.astype(dtype) @ self.weight[...].astype(dtype) + self.bias[...].astype(dtype)
+        weight, bias = self.weight.get_value(), self.bias[...]
+        if not isinstance(weight, jax.Array):
+            return (x.astype(bias.dtype) @ weight + bias).astype(bias.dtype)
+        dtype = jnp.float32 if self.float32 else weight.dtype
+        return x.astype(dtype) @ weight.astype(dtype) + bias.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
