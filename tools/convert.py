@@ -82,8 +82,12 @@ class Convert:
         if self.dry_run:
             report(plan_folder(task, PickledTensors))
             return
-        with Bars() as bars:
+        bars = Bars()
+        try:
             manifest = convert_folder(task, PickledTensors, bars)
+        finally:
+            if bars.tasks:  # stopping prints a line, even where nothing was shown
+                bars.stop()
         count = sum(component.parameters for component in manifest.components.values())
         print(f"{self.out}: {count:,} parameters, complete")
 
@@ -103,6 +107,7 @@ class Bars(Progress):
         super().__init__(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
     def begin(self, hashed: int, written: int) -> None:
+        self.start()
         self._hash = self.add_task("hash sources", total=hashed)
         self._write = self.add_task("write", total=written)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import jax
 
 from lavatar_jax import __version__
+from lavatar_jax.checkpoints import orbax_store
 from lavatar_jax.checkpoints.journal import Journal
 from lavatar_jax.checkpoints.lora_keys import LoraPair, extra_keys, read_lora
 from lavatar_jax.checkpoints.manifest import Component, Manifest, SourceFile, Stored, hash_file
@@ -241,6 +242,7 @@ def _task_record(task: Task, prepared: Prepared) -> dict[str, Any]:
     sources = [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in prepared.files]
     return {
         "project version": __version__,
+        "cut into chunks": [orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, orbax_store.TILES],
         "--dtype": [task.dtype, task.per_channel],
         "--lora": None if task.lora is None else [str(task.lora.absolute()), task.merge],
         "set of source files": sources,

@@ -74,10 +74,10 @@ def export_folder(name: str | Path, out: Path, *, shard_bytes: int = SHARD_BYTES
             continue
         rules = VAE_RULES[config.vae.kind] if component == "vae" else RULES[component]
         weights = [p for p in parameters if not p.path.endswith((".weight.a", ".weight.b"))]
-        tensors = list(_tensors(weights, rules))
+        tensors = list(tensors_of(weights, rules))
         counts[component] = len(tensors)
         if component == "dit":
-            _write_shards(temporary, tensors, shard_bytes)
+            write_shards(temporary, tensors, shard_bytes)
             if adapters := list(_adapter_tensors(parameters, rules)):
                 write_safetensors(temporary / LORA, adapters)
                 counts["lora"] = len(adapters)
@@ -87,9 +87,9 @@ def export_folder(name: str | Path, out: Path, *, shard_bytes: int = SHARD_BYTES
                 file = file.with_name(file.name.replace("Wan2.1", "Wan2.2"))
             file.parent.mkdir(exist_ok=True)
             write_safetensors(file, tensors)
-    _write_json(temporary / "config.json", dit_settings(config.dit))
+    write_json(temporary / "config.json", dit_settings(config.dit))
     if config.speech is not None:
-        _write_json(temporary / SPEECH / "config.json", speech_settings(config.speech))
+        write_json(temporary / SPEECH / "config.json", speech_settings(config.speech))
     if (folder / "tokenizer").is_dir():
         shutil.copytree(folder / "tokenizer", temporary / TOKENIZER)
     os.sync()
@@ -170,7 +170,8 @@ def _orbax_parameters(folder: Path) -> list[Parameter]:
     return parameters
 
 
-def _tensors(parameters: Iterable[Parameter], rules: Sequence[Rule]) -> Iterator[Tensor]:
+def tensors_of(parameters: Iterable[Parameter], rules: Sequence[Rule]) -> Iterator[Tensor]:
+    """The PyTorch tensors of these parameters. Raises UserError for a parameter that no rule names."""
     for parameter in parameters:
         path = parameter.path.removesuffix(".base")
         if (rule := rule_of(rules, path)) is None or (inverse := rule.resolve_transform().inverse) is None:
@@ -201,7 +202,7 @@ def _adapter_tensors(parameters: Iterable[Parameter], rules: Sequence[Rule]) -> 
             yield Tensor(key, shape, parameter.dtype, _bind(np.transpose, parameter.read, layer))
 
 
-def _write_shards(folder: Path, tensors: Sequence[Tensor], shard_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Sequence[Tensor], shard_bytes: int) -> None:
     """`diffusion_pytorch_model-00001-of-0000N.safetensors` and the index of what is where."""
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
@@ -214,8 +215,9 @@ def _write_shards(folder: Path, tensors: Sequence[Tensor], shard_bytes: int) -> 
         write_safetensors(folder / name, shard)
         placed.update({tensor.key: name for tensor in shard})
     total = sum(tensor.nbytes for tensor in tensors)
-    _write_json(folder / FILES["dit"][0], {"metadata": {"total_size": total}, "weight_map": placed})
+    write_json(folder / FILES["dit"][0], {"metadata": {"total_size": total}, "weight_map": placed})
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
+    """As readable JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")

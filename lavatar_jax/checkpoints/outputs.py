@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from jaxtyping import Array
 from lavatar_jax.checkpoints.lora_keys import LoraPair, merged
 from lavatar_jax.checkpoints.plan import Leaf, Plan
 from lavatar_jax.checkpoints.sources import Tensors
-from lavatar_jax.checkpoints.stream_write import BLOCK_BYTES, Layer, Output
+from lavatar_jax.checkpoints.stream_write import BLOCK_BYTES, Layer, Output, bits_of, copy_bits
 from lavatar_jax.checkpoints.transforms import Transform
 from lavatar_jax.quant import E4M3, is_quantized, round_to_e4m3
 
@@ -87,7 +86,9 @@ class Codes:
         return np.asarray(self._round(np.zeros_like(self.amax, BFLOAT16))[1])
 
     def _round(self, numbers: np.ndarray) -> tuple[Array, Array]:
-        return _round(np.ascontiguousarray(numbers), self.amax, capped=not self.per_channel)
+        contiguous = np.empty(numbers.shape, BFLOAT16)
+        copy_bits(contiguous, numbers)
+        return _round(contiguous, self.amax, capped=not self.per_channel)
 
 
 def _read(tensors: Tensors, key: str, transform: Transform, recipe: Recipe) -> Read:
@@ -158,11 +159,14 @@ def _adapters(leaf: Leaf, pairs: list[LoraPair | None], scale: float) -> Iterato
 
 def _amax(numbers: np.ndarray, per_channel: bool) -> np.ndarray:
     """Largest magnitudes of a weight [in, out] in bfloat16, in which it is rounded: [1, out] or [1, 1]."""
-    step = max(BLOCK_BYTES * len(numbers) // (4 * math.prod(numbers.shape)), 1)
-    blocks = (numbers[start : start + step] for start in range(0, len(numbers), step))
-    columns = [np.abs(block.astype(np.float32)).max(axis=0, keepdims=True) for block in blocks]
-    amax = np.max(np.concatenate(columns), axis=0, keepdims=True)
-    return (amax if per_channel else amax.max(keepdims=True)).astype(BFLOAT16)
+    step = max(BLOCK_BYTES * numbers.shape[1] // numbers.nbytes, 1)  # columns: rows of PyTorch's tensor
+    parts = []
+    for start in range(0, numbers.shape[1], step):
+        block = numbers[:, start : start + step].astype(BFLOAT16, copy=False)
+        magnitude = bits_of(block) & 0x7FFF  # without the sign, bits are in the order of the numbers
+        parts.append(magnitude.max(axis=0, keepdims=True))
+    amax = np.concatenate(parts, axis=1).view(BFLOAT16)
+    return amax if per_channel else amax.max(keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames="capped")  # compiled, as quant.quantize_weight is: the same bits
