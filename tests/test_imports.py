@@ -15,7 +15,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "types": ("config",),
     "parallel": ("config", "errors"),
     "quant": (),
-    "lora": ("config",),
+    "lora": ("config", "quant"),
     "diffusion": ("config",),
     "models": ("types", "config", "errors", "parallel", "quant", "lora"),
     "data": ("types", "config", "errors", "models.logmel", "models.speech_level"),
