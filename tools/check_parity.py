@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.parity import forwards, parts, sampling, speech, text, vae
+from tools.parity import adapters, forwards, parts, sampling, speech, text, vae
 from tools.parity.case import EXACT, Case, Check, Tolerance
 
 CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
@@ -51,6 +51,8 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "10": text.umt5,
     "11": speech.wav2vec2,
     "12": sampling.image_size,
+    "13": adapters.lora,
+    "14": adapters.fp8,
 }
 
 
