@@ -22,12 +22,16 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.errors import UserError
+from lavatar_jax.lora import AdaptedWeight
 from lavatar_jax.quant import QuantizedWeight
 
 CHUNK_BYTES = 128 * 2**20  # a larger layer is cut into rows
 JOIN_BYTES = 2**20  # smaller layers share a chunk
 TILES = 8  # along each axis of a chunk, where they divide it
+
+_FIXED = (".values", ".inverse_scale", ".weight.a", ".weight.b")  # leaves that no restore casts
 
 Model = TypeVar("Model")
 Shape = tuple[int, ...]
@@ -179,8 +183,9 @@ def restore_component(
     """A model of a converted folder: `component` is "dit", "vae", "text" or "speech".
 
     `abstract_model` comes from jax.eval_shape of the constructor; its dtypes are not used. Parameters have
-    the stored dtype, or `dtype` (which leaves 8-bit weights and their scales alone). Weights that are stored
-    quantised come out as `QuantizedWeight`s. `shardings` as in `restore_leaves`.
+    the stored dtype, or `dtype` (which leaves adapters, and 8-bit weights and their scales alone). Weights
+    that are stored quantised or with adapters come out as `QuantizedWeight`s and `AdaptedWeight`s.
+    `shardings` as in `restore_leaves`.
 
     Raises UserError when files are missing or cut off, or leaves do not fit the model.
     """
@@ -199,27 +204,41 @@ def restore_component(
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{place} does not fit the model of config.json: {'; '.join(problems[:3])}{more}")
-    single = {names[0] for names in parts.values() if len(names) == 1}
     restored = restore_leaves(
         place,
         {
-            path: leaf if dtype is None or path not in single else jax.ShapeDtypeStruct(leaf.shape, dtype)
+            path: leaf if dtype is None or path.endswith(_FIXED) else jax.ShapeDtypeStruct(leaf.shape, dtype)
             for path, leaf in stored.items()
         },
         shardings,
     )
-    filled = [_join([restored[name] for name in parts[path]]) for path in wanted]
+    adapted = any(path.endswith(".weight.a") for path in stored.keys() - wanted.keys())
+    scale = read_json(Path(folder) / "manifest.json")["lora"]["scale"] if adapted else 1.0
+    filled = [_weight(path, restored, scale) for path in wanted]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_model), filled)
 
 
 def _parts(path: str, stored: Mapping[str, Any]) -> list[str]:
-    """The stored leaves that make up a parameter: itself, or the two of a quantised weight."""
+    """The stored leaves that make up a parameter; the first has its shape."""
+    if path in stored:
+        return [path]
     split = [f"{path}.values", f"{path}.inverse_scale"]
-    return [path] if path in stored else split if all(name in stored for name in split) else []
+    adapters = [f"{path}.a", f"{path}.b"]
+    if all(name in stored for name in split):
+        return split
+    if all(name in stored for name in adapters) and (base := _parts(f"{path}.base", stored)):
+        return base + adapters
+    return []
 
 
-def _join(parts: list[jax.Array]) -> jax.Array | QuantizedWeight:
-    return parts[0] if len(parts) == 1 else QuantizedWeight(*parts)
+def _weight(path: str, arrays: Mapping[str, jax.Array], scale: float) -> Any:
+    """The parameter that `_parts` found."""
+    if path in arrays:
+        return arrays[path]
+    if f"{path}.values" in arrays:
+        return QuantizedWeight(arrays[f"{path}.values"], arrays[f"{path}.inverse_scale"])
+    base = _weight(f"{path}.base", arrays, scale)
+    return AdaptedWeight(base, arrays[f"{path}.a"], arrays[f"{path}.b"], scale)
 
 
 def _check_files(folder: Path, array: ts.TensorStore) -> None:

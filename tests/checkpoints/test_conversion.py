@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lavatar_jax import quant
+from lavatar_jax import lora, quant
 from lavatar_jax.checkpoints import orbax_store, stream_write
 from lavatar_jax.checkpoints.conversion import JOURNAL, Task, convert_folder
 from lavatar_jax.checkpoints.convert import convert, param_paths
@@ -129,9 +129,9 @@ def test_adapters_are_merged_in_float32_and_rounded_once(source: Published, tmp_
     found = param_paths(restore_component(tmp_path / "model", "dit", abstract_dit()))
     for path, value in expected.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
-    lora = read_manifest(tmp_path / "model").lora
-    assert lora is not None
-    assert (lora["pairs"], lora["scale"], lora["merged"]) == (48, 0.5, True)
+    record = read_manifest(tmp_path / "model").lora
+    assert record is not None
+    assert (record["pairs"], record["scale"], record["merged"]) == (48, 0.5, True)
 
 
 def test_adapters_can_stay_beside_the_weights_and_go_back(source: Published, tmp_path: Path) -> None:
@@ -139,6 +139,16 @@ def test_adapters_can_stay_beside_the_weights_and_go_back(source: Published, tmp
     leaves = stored_leaves(tmp_path / "model/dit")
     for part, shape in (("base", (4, 32, 48)), ("a", (4, 32, 4)), ("b", (4, 4, 48))):
         assert leaves[f"blocks.ffn.inner.weight.{part}"].shape == shape
+    convert_folder(task_of(source, tmp_path / "merged", lora=source.lora), PickledTensors)
+    model = restore_component(tmp_path / "model", "dit", abstract_dit())
+    expected = param_paths(restore_component(tmp_path / "merged", "dit", abstract_dit()))
+    for path, value in param_paths(lora.merge(model)).items():
+        assert value.dtype == jnp.bfloat16
+        wide, want = (np.asarray(x, np.float32) for x in (value, expected[path]))
+        np.testing.assert_allclose(wide, want, rtol=2**-7, atol=1e-6, err_msg=path)  # one bit: other sums
+    mixed = restore_component(tmp_path / "model", "dit", abstract_dit(), dtype=jnp.float32)
+    weight = mixed.blocks.ffn.inner.weight.get_value()
+    assert (weight.base.dtype, weight.a.dtype, weight.scale) == (jnp.float32, jnp.float32, 0.5)
     assert command(export_main, tmp_path / "model", "--out", tmp_path / "torch") == 0
     found = load_file(tmp_path / "torch" / published.LORA)
     assert found.keys() == source.adapters.keys()
@@ -260,9 +270,10 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(source: Published, tmp_pa
 @pytest.mark.usefixtures("small_chunks")
 def test_what_was_damaged_since_is_written_anew(source: Published, tmp_path: Path, monkeypatch) -> None:
     task = task_of(source, tmp_path / "model")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("lavatar_jax.checkpoints.conversion.os.replace", lambda *paths: _stop())
-        convert_folder(task, PickledTensors)
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(task, PickledTensors)
     partial = tmp_path / "model.partial"
     lines = (partial / JOURNAL).read_bytes().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if b"dit/blocks.ffn.inner.weight" in line)
@@ -412,10 +423,10 @@ def test_wrong_options_and_adapters(broken: Path, source: Published, capsys, tmp
     assert "need the adapters" in refused(broken, capsys, "--keep-lora")
     assert "exclude each other" in refused(broken, capsys, "--keep-lora", "--merge-lora")
     assert "--dtype fp8" in refused(broken, capsys, "--per-channel")
-    lora = tmp_path / "other.safetensors"
-    assert "no such file" in refused(broken, capsys, "--lora", lora)
-    save_file({"nothing": np.zeros(3, np.float32)}, lora)
-    assert "other.safetensors" in refused(broken, capsys, "--lora", lora)
+    other = tmp_path / "other.safetensors"
+    assert "no such file" in refused(broken, capsys, "--lora", other)
+    save_file({"nothing": np.zeros(3, np.float32)}, other)
+    assert "other.safetensors" in refused(broken, capsys, "--lora", other)
 
 
 def test_a_full_disk_and_an_existing_result_are_told_before(broken: Path, capsys, monkeypatch) -> None:
