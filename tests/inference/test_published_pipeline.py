@@ -71,17 +71,28 @@ GOOD = ["generate", "--image", "face.png", "--audio", "voice.wav", "--out", "out
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"),
-    [("bf16", []), ("fp8", ["--streaming-audio"]), ("bf16", ["--preset", "release-single"])],
+    ("dtype", "size", "options"),
+    [
+        ("bf16", "128x64", []),
+        ("fp8", "128x64", ["--streaming-audio"]),
+        ("bf16", "64x64", ["--preset", "release-single"]),  # small: it encodes 365 copies of the photo
+    ],
     ids=["bf16", "fp8 streaming", "bf16 release-single"],
 )
 def test_a_converted_folder_makes_a_video(
-    folder: Path, models: dict[str, Path], dtype: str, options: list[str], capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    models: dict[str, Path],
+    dtype: str,
+    size: str,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [*GOOD, "--model", str(models[dtype]), "--size", "128x64", "--steps", "4", *options]
+    """In the proportions of the photo, which is tall, whatever way round the size is given."""
+    sides = [int(side) for side in size.split("x")]
+    arguments = [*GOOD, "--model", str(models[dtype]), "--size", size, "--steps", "4", *options]
     assert run(lambda: serve.main(arguments)) == 0
     video = read_video("out.mp4")
-    assert video.frames.shape == (15, 128, 64, 3)
+    assert video.frames.shape == (15, *sides, 3)
     assert video.frames.astype(np.float32).std(axis=0).mean() > 1, "nothing moves"
     assert video.sound is not None
     assert capsys.readouterr().err == ""
