@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,21 +22,29 @@ def fade_out(sound: Samples, *, begun: bool) -> None:
     sound[fade:] = 0.0
 
 
-def stream_delay(stream: FeatureStream, block_frames: int, fps: int) -> int:
-    """How many samples beyond a block its features need: the look-ahead. `stream` is used up."""
+@dataclasses.dataclass(frozen=True)
+class Ear:
+    """What a kind of stream needs and gives: found out once, with silence."""
+
+    delay: int  # samples beyond a block that its features need: the look-ahead
+    silence: Float[np.ndarray, "L A T"]  # the features of a silent block
+
+
+def try_ear(stream: FeatureStream, block_frames: int, fps: int) -> Ear:
+    """Lets a stream, which is used up by it, hear silence."""
     frame = SAMPLE_RATE // fps
-    ready = stream.push(np.zeros(block_frames * frame, np.float32)).shape[-1]
+    features = stream.push(np.zeros(block_frames * frame, np.float32))
     delay = 0
-    while ready < block_frames:
-        ready += stream.push(np.zeros(frame, np.float32)).shape[-1]
+    while features.shape[-1] < block_frames:
+        features = np.concatenate([features, stream.push(np.zeros(frame, np.float32))], axis=-1)
         delay += frame
-    return delay
+    return Ear(delay, features[..., :block_frames])
 
 
 class Hearing:
     """One session's ear: feeds a stream and cuts features and sound into blocks that belong together.
 
-    `delay`: what `stream_delay` found for such a stream.
+    `delay`: what `try_ear` found for such a stream.
     """
 
     def __init__(self, stream: FeatureStream, block_frames: int, fps: int, delay: int) -> None:

@@ -57,12 +57,13 @@ class AvatarSession(SessionCore):
     def interrupt(self) -> None:
         """Stop talking: sound that waits is dropped, sound on its way out fades within 5 ms.
 
-        Blocks already on their way finish with a moving mouth and without sound; the next one is silent.
+        Blocks already on their way finish without sound, their remaining steps hear silence, and so do all
+        blocks after them.
         """
         with self._lock, self.outbox.changed:
             self._queue.clear()
             self._onsets.clear()
-            self._ended, self._quiet = True, PAUSE
+            self._ended, self._quiet, self.interrupted = True, PAUSE, True
             sounds = [block.sound for block in self.outbox.blocks]
             sounds += [passenger.sound for passenger in self._unsent]
             for position, sound in enumerate(sounds):
@@ -79,13 +80,16 @@ class AvatarSession(SessionCore):
 
     def read(self, timeout: float | None = 0.0) -> SpokenBlock | None:
         """The next block; None if there is none within `timeout` seconds (None: for ever), or ever again."""
-        return self.outbox.get(timeout)
+        block = self.outbox.get(timeout)
+        if block is not None and not self.options.live:
+            self._wake(None)  # there is room again
+        return block
 
     def __iter__(self) -> Iterator[SpokenBlock]:
         return self
 
     def __next__(self) -> SpokenBlock:
-        while (block := self.outbox.get()) is None:
+        while (block := self.read()) is None:
             if self.outbox.closed and not len(self.outbox):
                 raise StopIteration
             self._wake(self)

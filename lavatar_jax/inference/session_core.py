@@ -45,7 +45,7 @@ class SessionOptions:
     live: bool = True
     lead: float = 0.0  # a block whose sound is there may start so long before its time
     slack: float = 0.1  # a block waits so long beyond its time for sound that is being spoken
-    cushion: float = 0.25  # later than this after its time, a block is late and the last frame held
+    cushion: float = 0.3  # later than this after its time, a block is late and the last frame held
     max_delay: float | None = None  # microphones: when more sound waits, pauses are skipped; None: never
     queued: float = 60.0  # room for sound that waits
     unread: int = 8  # blocks that wait for the reader
@@ -88,6 +88,7 @@ class SessionCore:
         self.stats = SessionStats(opened=opened)
         self.outbox = Outbox(options.unread)
         self.paused = False
+        self.interrupted = False  # until the host has told the pipeline
         self.prompt: str | Array | None = None  # a new one, until the host has set it
         # Adaptive sink: from block `adapt_at` on, block 0's first latent replaces the photo.
         self.adapt_at: int | None = None

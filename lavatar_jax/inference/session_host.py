@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.errors import UserError
-from lavatar_jax.inference.hearing import Hearing, stream_delay
+from lavatar_jax.inference.hearing import Hearing, try_ear
 from lavatar_jax.inference.listen import make_stream
 from lavatar_jax.inference.pipeline import Pipeline
 from lavatar_jax.inference.portrait import hashed_words, portrait_conditions, video_sides
@@ -87,8 +87,8 @@ class SessionHost:
         )  # fmt: skip
         self._encode_prompt = encode_prompt or functools.partial(hashed_words, config)
         self._block_frames = config.dit.block_frames * avatar.vae.config.temporal_factor
-        self._delay = stream_delay(make_stream(avatar), self._block_frames, config.fps)
-        self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt)
+        self._ear = try_ear(make_stream(avatar), self._block_frames, config.fps)
+        self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt, self._ear.silence)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -170,7 +170,7 @@ class SessionHost:
         return AvatarSession(
             slot,
             options,
-            Hearing(make_stream(self.avatar), self._block_frames, fps, self._delay),
+            Hearing(make_stream(self.avatar), self._block_frames, fps, self._ear.delay),
             Draws(pipeline.sampling, (*shape, pipeline.config.latent_channels), seed),
             seed=seed,
             opened=opened,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.fair_lock import FairLock
+from lavatar_jax.inference.hush import Hush
 from lavatar_jax.inference.pipeline import Feed, Pipeline
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_core import Passenger
@@ -37,9 +38,11 @@ class SessionLoop:
         pipeline: Pipeline,
         clock: Callable[[], float],
         encode_prompt: Callable[[str], Float[Array, "1 S E"]],
+        silence: Float[np.ndarray, "L A T"],
     ) -> None:
         self.pipeline, self._clock, self._encode_prompt = pipeline, clock, encode_prompt
         self.places: dict[int, AvatarSession | None] = {}
+        self._hush = Hush(pipeline, silence)
         self.lock = FairLock()
         self._decoding: list[tuple[AvatarSession, Passenger, Array]] = []
 
@@ -75,6 +78,9 @@ class SessionLoop:
         for session in self.open_sessions():
             with self._guard(session):
                 session.hold_if_late(self._clock())
+                if session.interrupted:
+                    session.interrupted = False
+                    self._hush(session.slot)
                 if session.prompt is not None:
                     prompt, session.prompt = session.prompt, None
                     text = self._encode_prompt(prompt) if isinstance(prompt, str) else prompt

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -495,6 +496,29 @@ def test_a_prompt_can_change() -> None:
     assert (last(["calm", "angry"]) != last(["calm", "calm"])).any()
 
 
+def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None:
+    def blocks(interrupt: bool) -> tuple[np.ndarray, np.ndarray]:
+        host = make_host(2, STAGES)
+        sessions = [host.open(photo(seed), seed=seed, live=False) for seed in range(2)]
+        for session in sessions:
+            session.push_audio(speech(6))
+        for _ in range(4):
+            host.step()
+        if interrupt:
+            assert sessions[0]._flying
+            sessions[0].interrupt()
+        for session in sessions:
+            session.finish()
+        return tuple(frames_of(list(session)) for session in sessions)
+
+    went_on, other = blocks(False)
+    stopped, undisturbed = blocks(True)
+    np.testing.assert_array_equal(undisturbed, other)
+    assert len(stopped) == 5 * 12  # four were fed, and the look-ahead of the last
+    same = (stopped == went_on[: 5 * 12]).reshape(5, -1).all(axis=1)
+    assert same.tolist() == [True, True, True, False, False]  # the fourth had a step to go
+
+
 def test_a_thread_serves_readers_and_ends() -> None:
     host = SessionHost(avatar(), 2, ONE)
     host.start()
@@ -505,14 +529,16 @@ def test_a_thread_serves_readers_and_ends() -> None:
 
     threads = []
     for seed in range(2):
-        session = host.open(photo(seed), live=False)
-        session.push_audio(speech(3, seed))
+        session = host.open(photo(seed), live=False, unread=2)  # the host must wait for the reader
+        session.push_audio(speech(9, seed))
         session.finish()
         threads.append(threading.Thread(target=read, args=(session,)))
         threads[-1].start()
+    start = time.monotonic()
     for thread in threads:
         thread.join(60)
-    assert done == [3, 3]
+    assert done == [9, 9]
+    assert time.monotonic() - start < 5.0  # and is not asleep when there is room again
     left = host.open(photo())
     host.close()
     assert left.reason == "the server stops"
