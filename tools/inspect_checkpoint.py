@@ -51,7 +51,12 @@ def problems_of(folder: Path, name: str, component: Component, *, verify: bool) 
     if verify and not problems:
         console = Console(stderr=True)
         for path, stored in track(component.tensors.items(), f"verify {name}", console=console):
-            if hash_leaf(folder / name / path) != stored.sha256:
+            try:
+                right = hash_leaf(folder / name / path) == stored.sha256
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if not right:
                 problems.append(f"{name}/{path} has other numbers than were written (its sha256 differs)")
     return problems
 

@@ -6,6 +6,7 @@ Tensors stream through one at a time. Numbers stay what they are, but 8-bit weig
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lavatar_jax.checkpoints.convert import Rule, key_of, rule_of
+from lavatar_jax.checkpoints.manifest import bytes_of
 from lavatar_jax.checkpoints.orbax_store import open_leaf, stored_leaves
 from lavatar_jax.checkpoints.published import FILES, RULES, SPEECH, TOKENIZER, dit_settings
 from lavatar_jax.checkpoints.sources import DTYPES, SafetensorsFile
@@ -112,7 +114,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
             numbers = tensor.read()
             if numbers.shape != tensor.shape or numbers.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.key} is {numbers.dtype} {numbers.shape}, not as announced")
-            file.write(np.ascontiguousarray(numbers).reshape(-1).view(np.uint8))
+            file.write(bytes_of(np.ascontiguousarray(numbers)))
 
 
 def speech_settings(config: Wav2Vec2Config) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def _file_parameters(file: SafetensorsFile) -> list[Parameter]:
         return file.read(path) if layer is None else file.read(path)[layer]
 
     return [
-        Parameter(path, info.shape, info.dtype, lambda layer, path=path: read(path, layer))
+        Parameter(path, info.shape, info.dtype, functools.partial(read, path))
         for path, info in file.infos.items()
     ]
 
@@ -165,8 +167,9 @@ def _orbax_parameters(folder: Path) -> list[Parameter]:
         name, reader, dtype = (path, read, leaf.dtype)
         if part == "values":
             name, reader, dtype = (whole, dequantised, ml_dtypes.bfloat16)
-        bound = lambda layer, reader=reader, name=name: reader(name, layer)  # noqa: E731
-        parameters.append(Parameter(name, tuple(leaf.shape), np.dtype(dtype), bound))
+        parameters.append(
+            Parameter(name, tuple(leaf.shape), np.dtype(dtype), functools.partial(reader, name))
+        )
     return parameters
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lavatar_jax.checkpoints.orbax_store import Chunks, open_leaf
+from lavatar_jax.checkpoints.orbax_store import Chunks, layout_of, open_leaf
 from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.errors import UserError
 
@@ -100,13 +100,16 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda count: None) -
 
 
 def hash_leaf(folder: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """sha256 of an array's numbers, read chunk by chunk."""
+    """sha256 of an array's numbers, read chunk by chunk. Raises UserError if they cannot be read."""
     array = open_leaf(folder)
     shape = tuple(array.shape)
-    chunks = Chunks(shape, tuple(array.chunk_layout.write_chunk.shape or ()), ())
+    chunks = Chunks(shape, *layout_of(array))
     digest = hashlib.sha256()
     for box in chunks.boxes():
-        numbers = np.ascontiguousarray(array[box].read().result())
+        try:
+            numbers = np.ascontiguousarray(array[box].read().result())
+        except ValueError as error:
+            raise UserError(f"{folder} is damaged ({str(error).split(' [')[0]})") from None
         digest.update(bytes_of(numbers))
         advance(numbers.nbytes)
     return digest.hexdigest()
@@ -114,4 +117,4 @@ def hash_leaf(folder: Path, advance: Callable[[int], None] = lambda count: None)
 
 def bytes_of(array: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data

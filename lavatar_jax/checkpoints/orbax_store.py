@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +117,12 @@ def open_leaf(folder: Path) -> ts.TensorStore:
         raise UserError(f"{folder} cannot be read ({reason}); convert the checkpoint again") from None
 
 
+def layout_of(array: ts.TensorStore) -> tuple[Shape, Shape]:
+    """Shapes of an array's chunks, and of the tiles inside them."""
+    layout: Any = array.chunk_layout  # whose shapes are None where there are no axes
+    return tuple(layout.write_chunk.shape or ()), tuple(layout.read_chunk.shape or ())
+
+
 def write_metadata(folder: Path, shapes: Mapping[str, Shape]) -> None:
     """`_METADATA`: what orbax needs to know to restore a flat dictionary of these arrays."""
     tree = {
@@ -154,7 +161,8 @@ def restore_leaves(
 ) -> dict[str, jax.Array]:
     """Arrays of an orbax checkpoint by path, in these dtypes, each device reading its own part.
 
-    `shardings`: one for all, or a function of path and shape; None: the first device.
+    `shardings`: one for all, or a function of path and shape; None: the first device. Raises UserError for
+    files that cannot be read.
     """
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -166,10 +174,14 @@ def restore_leaves(
         )
         for path, leaf in leaves.items()
     }
+    request = ocp.args.PyTreeRestore(item=dict(leaves), restore_args=arguments)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(
-            folder.absolute(), args=ocp.args.PyTreeRestore(item=dict(leaves), restore_args=arguments)
-        )
+        try:
+            return checkpointer.restore(folder.absolute(), args=request)
+        except Exception as error:  # orbax has no class for it
+            if (loss := re.search(r"DATA_LOSS: (.*?)(?= \[|$)", f"{error} {error.__cause__}")) is None:
+                raise
+            raise UserError(f"{folder} is damaged ({loss[1]}); copy or convert it again") from None
 
 
 def restore_component(
@@ -243,13 +255,11 @@ def _weight(path: str, arrays: Mapping[str, jax.Array], scale: float) -> Any:
 
 def _check_files(folder: Path, array: ts.TensorStore) -> None:
     """That all chunks are there in full: a missing one would silently be read as zeros."""
-    chunk = array.chunk_layout.write_chunk.shape or ()  # None where there are no axes
-    tile = array.chunk_layout.read_chunk.shape or ()
+    chunk, tile = layout_of(array)
     tiles = math.prod(a // b for a, b in zip(chunk, tile, strict=True))
     whole = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
-    for place in itertools.product(
-        *(range(-(-size // step)) for size, step in zip(array.shape, chunk, strict=True))
-    ):
+    counts = [range(-(-size // step)) for size, step in zip(array.shape, chunk, strict=True)]
+    for place in itertools.product(*counts):
         file = folder.joinpath("c", *map(str, place))
         try:
             size = file.stat().st_size

@@ -148,7 +148,7 @@ def check_settings(values: Mapping[str, Any], file: Path) -> None:
 
 def dit_config(values: Mapping[str, Any], infos: Infos) -> DiTConfig:
     """The transformer's sizes by the names of its `config.json`. Raises UserError if they do not fit."""
-    sizes = _OTHER_SIZES | values
+    sizes: dict[str, Any] = {**_OTHER_SIZES, **values}
     weights = infos.get("casual_audio_encoder.weights")
     try:
         return DiTConfig(

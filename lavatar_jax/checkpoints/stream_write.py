@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,11 +61,9 @@ def write_output(
         return _stored(output, record["sha256"])
     array = create_leaf(place, chunks, output.dtype, sync=sync)
     boxes = list(chunks.boxes())
-    digest = hashlib.sha256()
-    for box in boxes[: record["chunks"]]:
-        digest.update(bytes_of(np.ascontiguousarray(array[box].read().result())))
     done = record["chunks"]
-    if done and digest.hexdigest() != record["sha256"]:
+    digest = _hash(array, boxes[:done])
+    if digest is None or (done and digest.hexdigest() != record["sha256"]):
         digest, done = hashlib.sha256(), 0
     advance(sum(_nbytes(output, box) for box in boxes[:done]))
     reader = _Reader(output)
@@ -86,6 +84,17 @@ def write_output(
     if writing is not None:
         finish(*writing)
     return _stored(output, digest.hexdigest())
+
+
+def _hash(array: Any, boxes: Sequence[tuple[slice, ...]]) -> Any:
+    """Hash of chunks that were written before; None if they cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for box in boxes:
+            digest.update(bytes_of(np.ascontiguousarray(array[box].read().result())))
+    except ValueError:
+        return None
+    return digest
 
 
 class _Reader:

@@ -169,6 +169,21 @@ def test_quantised_weights_come_out_as_such(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight.dequantize(), 0.5 * codes.astype(np.float32))
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "dit", layer_arrays())
+    file = tmp_path / "dit/weight/c/0/0"
+    file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="DATA_LOSS") as caught:
+        open_leaf(tmp_path / "dit/weight").read().result()
+
+    def fail(*arguments, **options) -> None:  # as orbax does, which leaves its other reads unfinished
+        raise Exception("Encountered error while reading array") from caught.value
+
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointer.restore", fail)
+    with pytest.raises(UserError, match=r"dit is damaged .*weight/c/0/0"):
+        restore_component(tmp_path, "dit", jax.eval_shape(Layer))
+
+
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     abstract = jax.eval_shape(Layer)
     with pytest.raises(UserError, match="_METADATA"):
