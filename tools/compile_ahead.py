@@ -5,8 +5,8 @@
     python tools/compile_ahead.py --model DIR --stages 4 --size 704x384 --slots 2
 
 Programs depend on shapes, layout, devices and the version of jax, so give the server's. A session is made,
-speaks for some seconds, is saved and restored: what a server runs. JAX_COMPILATION_CACHE_DIR sets another folder than
-the default.
+speaks for some seconds, is saved and restored: what a server runs. JAX_COMPILATION_CACHE_DIR sets another
+folder than the default.
 """
 
 from __future__ import annotations
