@@ -28,6 +28,7 @@ from lavatar_jax.inference import talk as talking
 from lavatar_jax.inference.images import load_image
 from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
 from lavatar_jax.inference.video import read_video
+from lavatar_jax.parallel import PipelineLayout
 
 SIZE = 32
 
@@ -83,9 +84,10 @@ class StandIn:
         sampling: SamplingConfig,
         pose: Iterator[np.ndarray] | None,
         streaming: bool,
+        layout: PipelineLayout | None,
     ) -> Iterator[np.ndarray]:
         self.asked |= {"sound": sound, "seed": seed, "steps": sampling.steps, "pose": pose and list(pose)}
-        self.asked |= {"sampling": sampling, "streaming": streaming}
+        self.asked |= {"sampling": sampling, "streaming": streaming, "layout": layout}
         start = 0
         for index in range(10_000):  # never ends by itself: the caller cuts
             self.before_block(index)
@@ -128,6 +130,7 @@ def test_frames_sound_and_options_arrive(
     assert load_image("sheet.png").shape == (4 * SIZE, 6 * SIZE, 3)
     assert stand_in.asked["prompt"] == "a friendly person"
     assert (stand_in.asked["seed"], stand_in.asked["steps"]) == (7, 3)
+    assert stand_in.asked["layout"] is None
     assert np.shape(stand_in.asked["image"]) == (40, 40, 3)
     assert np.shape(stand_in.asked["sound"]) == (17_600,)
     assert sorted(os.listdir()) == ["face.png", "out.mp4", "sheet.png", "voice.wav"]
@@ -251,7 +254,7 @@ MISTAKES = {
     "seed too large": ("--seed", str(2**32), nothing, "--seed"),
     "devices zero": ("--devices", "0", nothing, "--devices 0"),
     "devices too many": ("--devices", "99", nothing, "--devices 99"),
-    "devices that do not divide the steps": ("--devices", "7", nothing, "devices that work: 2, 3, 4, 5"),
+    "devices that do not divide the steps": ("--devices", "7", nothing, "devices that work: 1, 2, 3, 4, 5"),
     "size not two sides": ("--size", "704", nothing, "as in 704x384"),
     "size too small": ("--size", "704x63", nothing, "from 64"),
     "size of a fixed model": ("--size", "704x384", nothing, "leave it out"),
