@@ -229,7 +229,13 @@ class Pipeline:
             self._shardings(specs),
             jax.tree.map(lambda ring: ring.sharding, self.rings),
         )
-        return jax.jit(mapped, donate_argnums=(4, 5), out_shardings=out)
+        # Leaves, because a module is taken apart in Python at every call, which takes as long as the call.
+        self._weights, structure = jax.tree.flatten(self.dit)
+
+        def tick_of_leaves(weights: list[Array], *rest: Any) -> Any:
+            return mapped(jax.tree.unflatten(structure, weights), *rest)
+
+        return jax.jit(tick_of_leaves, donate_argnums=(4, 5), out_shardings=out)
 
     def tick(self, feeds: Mapping[int, Feed] | None = None) -> list[Finished]:
         """Every stage does its step and hands on; `feeds` (by slot) enter stage 0.
@@ -240,11 +246,11 @@ class Pipeline:
         feeds = feeds or {}
         fresh = self._enter(feeds)
         clean, self._packet, self.rings = self._tick(
-            self.dit, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
+            self._weights, self.text, self.actor_mask, self._steps, self.rings, self._packet, fresh
         )
         last = self.layout.stages - 1
         return [
-            Finished(slot, block.index, self._of_stage(clean, stage)[slot : slot + 1], early=stage != last)
+            Finished(slot, block.index, self._row(self._of_stage(clean, stage), slot), early=stage != last)
             for stage, blocks in enumerate(self.in_flight)
             for slot, block in blocks.items()
             if stage in (block.exit_stage, last)
@@ -272,10 +278,14 @@ class Pipeline:
         first = stage * self.slots
         return next(s.data for s in merged.addressable_shards if (s.index[0].start or 0) == first)
 
+    def _row(self, share: Array, slot: int) -> Array:
+        """A slot's row; where there is one only, no program need run for it."""
+        return share if self.slots == 1 else share[slot : slot + 1]
+
     def lower_tick(self) -> jax.stages.Lowered:
         """The tick's program, to compile ahead of time or to look into."""
         state = (self.rings, self._packet, self._idle)
-        return self._tick.lower(self.dit, self.text, self.actor_mask, self._steps, *state)
+        return self._tick.lower(self._weights, self.text, self.actor_mask, self._steps, *state)
 
     @property
     def busy(self) -> bool:

@@ -135,13 +135,10 @@ def _grid_rope(grid: Grid, head_dim: int, half_table: bool) -> Rope:
         # The reference casts a complex128 table through float32.
         return x.astype(np.float16).astype(np.float32) if half_table else x
 
-    table = Rope(
-        angles([grid], head_dim, lambda x: rounded(np.cos(x))),
-        angles([grid], head_dim, lambda x: rounded(np.sin(x))),
-    )
-    for part in table:
-        part.flags.writeable = False
-    return table
+    cos = angles([grid], head_dim, lambda angle: rounded(np.cos(angle)))
+    sin = angles([grid], head_dim, lambda angle: rounded(np.sin(angle)))
+    cos.flags.writeable = sin.flags.writeable = False
+    return Rope(cos, sin)
 
 
 def zero_rope(tokens: int, head_dim: int) -> Rope:
