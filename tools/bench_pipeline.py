@@ -202,14 +202,13 @@ def parts(video: Video, repeats: int = 7) -> dict[str, float]:
 
 
 def memory_mb() -> dict[str, float]:
-    """Megabytes on each device: what the runtime says, or else all arrays that are alive there."""
-    held: dict[Any, float] = dict.fromkeys(jax.devices(), 0.0)
+    """Megabytes on each device: the runtime's peak, or else all arrays alive there, shared ones once."""
+    held: dict[Any, dict[int, int]] = {device: {} for device in jax.devices()}
     for array in jax.live_arrays():
         for shard in array.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    for device in held:
-        held[device] = (device.memory_stats() or {}).get("peak_bytes_in_use", held[device])
-    return {str(device): round(size / 1e6, 2) for device, size in held.items()}
+            held[shard.device][shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    peaks = {device: (device.memory_stats() or {}).get("peak_bytes_in_use") for device in held}
+    return {str(d): round((peaks[d] or sum(sizes.values())) / 1e6, 2) for d, sizes in held.items()}
 
 
 def hop_bytes(pipeline: Pipeline) -> int:
@@ -401,7 +400,12 @@ ROWS = (
 
 def table(modes: dict[str, dict[str, Any]]) -> str:
     """Markdown, a column a mode."""
-    names = [name if name == "rollout" else f"{name} devices" for name in modes]
+    names = [
+        f"{report['stages']} stage{'s' * (report['stages'] > 1)}{' + decoder' * report['own_decoder']}"
+        if "stages" in report
+        else "rollout"
+        for report in modes.values()
+    ]
     lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(modes)) + "|"]
     for label, key, form in ROWS:
         if any(key in report for report in modes.values()):

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.evaluation.flops import StreamShape, count_flops, layer_parameters, other_parameters
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.quant import quantize
+from tools.bench_step import random_model, step_arguments, step_function
 
 SUMMARY = Path(__file__).resolve().parents[3] / "shared/manifests/summary.json"
 PARTS = {
@@ -77,8 +82,6 @@ def test_parameters_of_the_published_model() -> None:
 
 def test_formulas_agree_with_the_traced_model() -> None:
     """The streaming forward at an odd size, traced abstractly and unrolled."""
-    from tools.bench_step import step_arguments, step_function
-
     config = DiTConfig(
         layers=3, width=64, heads=4, ffn_width=160, text_dim=32, text_len=16, audio_dim=24, audio_layers=3,
         inject_layers=(0, 2), freq_dim=32,
@@ -90,3 +93,20 @@ def test_formulas_agree_with_the_traced_model() -> None:
         counted = count_flops(step_function(unroll=True, text_cached=cached), *arguments)
         worked_out = sum(StreamShape(config=config, height=18, width=10).flops(text_cached=cached).values())
         assert counted == pytest.approx(worked_out, rel=0.02)
+
+
+def test_weights_drawn_in_eight_bits_are_those_of_a_quantised_model() -> None:
+    config = DiTConfig(
+        layers=2, width=32, heads=2, ffn_width=48, text_dim=8, text_len=4, audio_dim=8, audio_layers=2,
+        inject_layers=(1,), freq_dim=16,
+    )  # fmt: skip
+
+    def make() -> CausalDiT:
+        return CausalDiT(config, rngs=nnx.Rngs(0))
+
+    drawn = random_model(make, jnp.float32, quantized=True)
+    wanted = jax.eval_shape(lambda: quantize(make()))
+    assert jax.tree.structure(drawn) == jax.tree.structure(wanted)
+    for got, want in zip(jax.tree.leaves(drawn), jax.tree.leaves(wanted), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert np.asarray(got, np.float32).any()
