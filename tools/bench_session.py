@@ -51,35 +51,35 @@ def listen_to(session: Any, samples: np.ndarray, *, microphone: bool) -> None:
 def one_session(host: Any, face: Path, early: int | None, pause: float, microphone: bool) -> dict[str, float]:
     """Opens a session, lets it idle, says something: the waits in seconds."""
     speech = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
-    schedule = -np.inf  # when the first block would have to be shown for no block to be late
+    schedule = -np.inf  # when the video would have to begin on the screen for no frame to be late
     with host.open(face, early_exit=early) as session:
         until = time.monotonic() + pause
         while time.monotonic() < until:
             if (block := session.read(timeout=0.02)) and not block.held:
-                schedule = max(schedule, block.latency.out - block.time)
+                schedule = max(schedule, time.monotonic() - block.time)
         listen_to(session, speech, microphone=microphone)
-        while True:
+        while not session.stats.silence_to_speech:
             block = session.read(timeout=10)
             if block is None:
                 raise SystemExit("no speech came out within 10 s: the machine is too slow or too busy")
-            if block.held:
-                continue
-            if (heard := block.latency.first_speech) is not None:
-                break
-            schedule = max(schedule, block.latency.out - block.time)
-        parts = block.latency.parts()
+            if not block.held:
+                schedule = max(schedule, time.monotonic() - block.time)
+        latency = block.latency
+        heard, parts = latency.first_speech, latency.parts()
         return {
             "first frame": session.stats.first_frame,
-            "to speech": block.latency.out - heard,
-            "shown": max(schedule + block.time, block.latency.out) - heard,
-            "waiting": block.latency.taken - heard,
+            "to speech": session.stats.silence_to_speech[0],
+            "shown": max(schedule + block.time, time.monotonic()) - heard,
+            "waiting": latency.taken - heard,
             "features": parts["features"] + parts["feed"],
             "stages": sum(value for name, value in parts.items() if name.startswith("stage")),
-            "decode": parts["decode"],
+            "first part": parts["decode"],
         }
 
 
-def measure(model: str, devices: int, exits: list[int | None], repeats: int, microphone: bool) -> list[Any]:
+def measure(
+    model: str, devices: int, exits: list[int | None], repeats: int, microphone: bool, parts: int
+) -> list[Any]:
     """A row for each early exit: median and best in milliseconds, in a process with so many devices.
 
     Cases take turns, so that what else the machine does troubles all of them alike.
@@ -90,7 +90,7 @@ def measure(model: str, devices: int, exits: list[int | None], repeats: int, mic
     from lavatar_jax.parallel import layout_for
 
     avatar = load_model_folder(model)
-    host = SessionHost(avatar, layout=layout_for(devices, avatar.config.sampling.steps))
+    host = SessionHost(avatar, layout=layout_for(devices, avatar.config.sampling.steps), parts=parts)
     host.start()
     face = SAMPLES / "face.png"
     rng = np.random.default_rng(1)
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--devices", default="1,5", help="numbers of (on CPU: virtual) devices")
     parser.add_argument("--early", default="none,0,1,2", help="stages at which a first block is shown")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--parts", type=int, default=3, help="in which blocks are handed out")
     parser.add_argument("--microphone", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
@@ -140,14 +141,23 @@ def main() -> int:
     exits = [None if early == "none" else int(early) for early in args.early.split(",")]
     if args.case:
         exits = exits if args.case > 1 else exits[:1]
-        print(json.dumps(measure(args.model, args.case, exits, args.repeats, args.microphone)))
+        rows = measure(args.model, args.case, exits, args.repeats, args.microphone, args.parts)
+        print(json.dumps(rows))
         return 0
 
     results: list[dict[str, Any]] = []
     for devices in args.devices.split(","):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         command = [sys.executable, __file__, "--model", args.model, "--repeats", str(args.repeats)]
-        command += ["--early", args.early, *["--microphone"] * args.microphone, "--case", devices]
+        command += [
+            "--early",
+            args.early,
+            "--parts",
+            str(args.parts),
+            *["--microphone"] * args.microphone,
+            "--case",
+            devices,
+        ]
         child = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE)
         if child.returncode:
             return child.returncode
@@ -160,7 +170,8 @@ def main() -> int:
         table.add_row(*("-" if value is None else str(value) for value in result.values()))
     Console(width=140).print(table)
     if args.json:
-        about = {"cores": os.cpu_count(), "python": platform.python_version(), "microphone": args.microphone}
+        about = {"cores": os.cpu_count(), "python": platform.python_version()}
+        about |= {"microphone": args.microphone, "parts": args.parts}
         args.json.write_text(json.dumps({**about, "results": results}, indent=1))
     return 0
 

@@ -95,14 +95,15 @@ def soak(
                 voice.sent += session.push_audio(voice.next(4 * block))
             wait = host.step()
             while index < total and (made := session.read()) is not None:
+                assert made.index == index
                 voice.check(made.sound)
                 frames += len(made.frames)
-                index += 1
-                video = made.time + block / SAMPLE_RATE
+                index += made.part == host.parts - 1
+                video = made.time + len(made.frames) / host.avatar.config.fps
                 drift = max(drift, abs(video - voice.received / SAMPLE_RATE))
                 if live:
-                    drift = max(drift, abs(made.time - (host.clock.now - session.stats.opened)))
-                assert made.index == index - 1
+                    begins = made.time - 0.04 * made.part * len(made.frames)
+                    drift = max(drift, abs(begins - (host.clock.now - session.stats.opened)))
                 if video >= next_mark:
                     now = (video, time.perf_counter(), time.process_time())
                     gc.collect()

@@ -20,8 +20,9 @@ class BlockLatency:
     heard: float = 0.0  # its features are there
     fed: float = 0.0  # it enters the first stage
     stages: list[float] = dataclasses.field(default_factory=list)
-    decoded: float = 0.0  # its frames are on the host
+    decoded: float = 0.0  # the frames of its first part are on the host
     out: float = 0.0  # they are handed to the reader
+    complete: float = 0.0  # so is its last part
     first_speech: float | None = None  # arrival of the first loud sample after a pause, if it is in here
 
     def parts(self) -> dict[str, float]:
@@ -47,7 +48,7 @@ class SessionStats:
     early: int = 0  # blocks shown before their last steps
     first_audio: float | None = None
     first_out: float | None = None
-    # Last silent sample in to the block with the first speaking frame out.
+    # Last silent sample in to the part with the first speaking frame out.
     silence_to_speech: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
 
     @property

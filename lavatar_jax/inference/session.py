@@ -65,7 +65,7 @@ class AvatarSession(SessionCore):
             self._onsets.clear()
             self._ended, self._quiet, self.interrupted = True, PAUSE, True
             sounds = [block.sound for block in self.outbox.blocks]
-            sounds += [passenger.sound for passenger in self._unsent]
+            sounds += [passenger.unsent_sound(self._delivery.parts) for passenger in self._unsent]
             for position, sound in enumerate(sounds):
                 fade_out(sound, begun=position > 0)
             self._hearing.fade_out(begun=bool(sounds))

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from lavatar_jax.inference.audio_queue import AudioQueue, Heard, Samples, loud_pieces
+from lavatar_jax.inference.audio_queue import AudioQueue, Heard, loud_pieces
+from lavatar_jax.inference.delivery import Delivery, OnBlock, Passenger
 from lavatar_jax.inference.hearing import Hearing
 from lavatar_jax.inference.latency import BlockLatency, SessionStats
 from lavatar_jax.inference.pace import Pace
@@ -26,12 +27,10 @@ from lavatar_jax.inference.pipeline import Feed, Finished, SlotState
 from lavatar_jax.inference.rollout import Draws
 from lavatar_jax.inference.session_state import SessionState
 from lavatar_jax.inference.sound import SAMPLE_RATE
-from lavatar_jax.inference.spoken import Outbox, SpokenBlock
+from lavatar_jax.inference.spoken import Outbox
 from lavatar_jax.types import BlockInput
 
 PAUSE = 15  # pieces of 20 ms: so much silence ends speech
-
-OnBlock = Callable[[SpokenBlock], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,17 +52,6 @@ class SessionOptions:
     early_exit: int | None = None
 
 
-@dataclasses.dataclass(kw_only=True)
-class Passenger:
-    """A block from its feed until its frames are handed out."""
-
-    index: int
-    sound: Samples
-    latency: BlockLatency
-    shown: bool = False  # its frames are being decoded, or out
-    early: bool = False
-
-
 class SessionCore:
     """State of a session, and what the host's thread does with it.
 
@@ -79,6 +67,7 @@ class SessionCore:
         *,
         seed: int,
         opened: float,
+        parts: int,
         clock: Callable[[], float],
         wake: Callable[[SessionCore | None], None],
         on_block: OnBlock | None = None,
@@ -86,7 +75,7 @@ class SessionCore:
         self.slot, self.options, self.seed = slot, options, seed
         self.reason: str | None = None
         self.stats = SessionStats(opened=opened)
-        self.outbox = Outbox(options.unread)
+        self.outbox = Outbox(options.unread * parts)
         self.paused = False
         self.interrupted = False  # until the host has told the pipeline
         self.prompt: str | Array | None = None  # a new one, until the host has set it
@@ -94,11 +83,16 @@ class SessionCore:
         self.adapt_at: int | None = None
         self.adapted: Array | None = None
         self.motion: Array | None = None
-        self._clock, self._wake, self._on_block = clock, wake, on_block
+        self._clock, self._wake = clock, wake
         self._hearing, self._draws = hearing, draws
         self._queue = AudioQueue(int(options.queued * SAMPLE_RATE))
         self._pace = Pace(hearing.block / SAMPLE_RATE, options.cushion)
         self._lock = threading.RLock()
+        self._delivery = Delivery(
+            frames=hearing.frames, samples=hearing.block, fps=hearing.fps, parts=parts,
+            pace=self._pace if options.live else None, outbox=self.outbox, stats=self.stats,
+            clock=clock, lock=self._lock, on_block=on_block,
+        )  # fmt: skip
         self._ended = True  # no more sound is announced
         self._finishing = False
         self._quiet = PAUSE  # pieces of silence heard last
@@ -108,8 +102,7 @@ class SessionCore:
         self._unsent: deque[Passenger] = deque()
         self._flying: dict[int, Passenger] = {}
         self._noise = draws.noise(0)
-        self.fed = self.out = self.held = 0  # blocks; out counts the held ones too
-        self._last_frame: UInt8[np.ndarray, "1 H W 3"] | None = None
+        self.fed = 0  # blocks
 
     def start(self, now: float, dropped_frames: int) -> None:
         """Time begins. Frames that decoding drops at the beginning have silence of their own."""
@@ -124,9 +117,10 @@ class SessionCore:
         with self._lock:
             ready = len(self._queue) >= self._hearing.missing()
             if not self.options.live:
-                room = len(self.outbox) + len(self._unsent) < self.outbox.capacity
+                blocks = len(self.outbox) / self._delivery.parts + len(self._unsent)
+                room = blocks < self.options.unread
                 return -math.inf if room and (ready or (self._ended and self._unheard())) else math.inf
-            start = self._pace.begins(self.fed + self.held)
+            start = self._pace.begins(self.fed + self._delivery.held)
             if ready:
                 return start - self.options.lead
             expecting = not self._ended and (len(self._queue) > 0 or self._quiet < PAUSE)
@@ -146,11 +140,13 @@ class SessionCore:
                 self.stats.skipped_samples += self._queue.skip_silence(longest)
             latency = self._hear(now)
             features, sound = self._hearing.take()
-            while self._onsets and self._onsets[0][0] < self._hearing.taken * self._hearing.block:
-                _, latency.first_speech = self._onsets.popleft()
-            first = self.fed == 0 or latency.first_speech is not None
-            exit_stage = self.options.early_exit if first and not self._flying else None
             passenger = Passenger(index=self.fed, sound=sound, latency=latency)
+            ends = self._hearing.taken * self._hearing.block
+            while self._onsets and self._onsets[0][0] < ends:
+                position, latency.first_speech = self._onsets.popleft()
+                passenger.speech_at = position - ends + self._hearing.block
+            first = self.fed == 0 or passenger.speech_at is not None
+            exit_stage = self.options.early_exit if first and not self._flying else None
             self._unsent.append(passenger)
             self._flying[self.fed] = passenger
             # Features stay on the host: the pipeline knows where they belong.
@@ -210,47 +206,18 @@ class SessionCore:
         return None if passenger.shown else passenger
 
     def deliver(self, passenger: Passenger, frames: UInt8[np.ndarray, "T H W 3"], decoded: float) -> None:
-        """Hand out a block's frames, or what the callback raises about them."""
-        missing = self._hearing.frames - len(frames)
-        if missing:  # the first block, where decoding drops some: its sound has them, as silence
-            frames = np.concatenate([frames[:1].repeat(missing, axis=0), frames])
-        latency = passenger.latency
-        latency.decoded, latency.out = decoded, self._clock()
-        with self._lock:
-            assert self._unsent.popleft() is passenger
-            self._last_frame = frames[-1:]
-            if self.stats.first_out is None:
-                self.stats.first_out = latency.out
-            if latency.first_speech is not None:
-                self.stats.silence_to_speech.append(latency.out - latency.first_speech)
-            self.stats.early += passenger.early
-            if not passenger.early:
-                self._pace.came_out(latency.out, self.out)
-        self._send(frames, passenger.sound, early=passenger.early, latency=latency)
+        """Hand out the next part of a block."""
+        if self._delivery.send(passenger, frames, decoded):
+            with self._lock:
+                assert self._unsent.popleft() is passenger
 
     def hold_if_late(self, now: float) -> None:
-        """Show the last frame for the time of a block that is not there. What follows moves on by a block."""
-        while now > self.late_at():
-            assert self._last_frame is not None
-            self.held += 1
-            self.stats.held += 1
-            frames = np.broadcast_to(self._last_frame, (self._hearing.frames, *self._last_frame.shape[1:]))
-            self._send(frames, np.zeros(self._hearing.block, np.float32), held=True)
+        """Cover for a block that should be out."""
+        self._delivery.hold_if_late(now)
 
     def late_at(self) -> float:
         """When the next block is late, in the clock's time."""
-        live = self.options.live and self.reason is None
-        return self._pace.late_at(self.out) if live else math.inf
-
-    def _send(self, frames: np.ndarray, sound: Samples, **about) -> None:
-        time = self.out * self._hearing.frames / self._hearing.fps
-        block = SpokenBlock(index=self.out, time=time, frames=frames, sound=sound, **about)
-        self.out += 1
-        self.stats.blocks += 1
-        if self._on_block is not None:
-            self._on_block(block)
-        else:
-            self.stats.dropped_frames += self.outbox.put(block)
+        return self._delivery.late_at()
 
     @property
     def settled(self) -> bool:
@@ -268,7 +235,7 @@ class SessionCore:
                 "seed": self.seed,
                 "adapt_at": -1 if self.adapt_at is None else self.adapt_at,
                 "fed": self.fed,
-                "out": self.out,
+                "out": self._delivery.out,
                 "quiet": self._quiet,
                 "last_real": self._last_real,
                 "ended": int(self._ended),
@@ -280,7 +247,7 @@ class SessionCore:
                 waiting=self._queue.peek(),
                 adapted=np.asarray(self.adapted) if pending and self.adapted is not None else None,
                 motion=np.asarray(self.motion) if pending and self.motion is not None else None,
-                last_frame=self._last_frame,
+                last_frame=self._delivery.last_frame,
                 numbers=numbers,
                 model=model,
             )
@@ -290,12 +257,12 @@ class SessionCore:
         numbers = state.numbers
         self.adapt_at = None if numbers["adapt_at"] < 0 else numbers["adapt_at"]
         self.adapted, self.motion = jax.tree.map(jnp.asarray, (state.adapted, state.motion))
-        self._last_frame = state.last_frame
-        self.fed, self.out = numbers["fed"], numbers["out"]
-        self.held = self.out - self.fed
+        self._delivery.last_frame = state.last_frame
+        self.fed, self._delivery.out = numbers["fed"], numbers["out"]
+        self._delivery.held = numbers["out"] - numbers["fed"]
         self._quiet, self._last_real = numbers["quiet"], numbers["last_real"]
         self._ended = bool(numbers["ended"])
         self._hearing.set_state(state.hearing)
         self._queue.push(state.waiting, now)
         self._noise = self._draws.noise(self.fed)
-        self._pace.start(now, self.out)
+        self._pace.start(now, numbers["out"])

@@ -17,13 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.delivery import OnBlock
 from lavatar_jax.inference.hearing import Hearing, try_ear
 from lavatar_jax.inference.listen import make_stream
 from lavatar_jax.inference.pipeline import Pipeline
 from lavatar_jax.inference.portrait import hashed_words, portrait_conditions, video_sides
 from lavatar_jax.inference.rollout import Draws
 from lavatar_jax.inference.session import AvatarSession
-from lavatar_jax.inference.session_core import OnBlock, SessionCore, SessionOptions
+from lavatar_jax.inference.session_core import SessionCore, SessionOptions
 from lavatar_jax.inference.session_loop import SessionLoop
 from lavatar_jax.inference.session_state import load_state, save_state
 from lavatar_jax.models.avatar import Avatar
@@ -59,7 +60,9 @@ def default_layout(steps: int, devices: list[jax.Device]) -> PipelineLayout:
 class SessionHost:
     """Owns a pipeline; its `slots` are places for sessions.
 
-    `size`: (height, width) of the video in pixels, by default the model's. `clock` in seconds, only ever
+    `size`: (height, width) of the video in pixels, by default the model's. `parts`: blocks are decoded and
+    handed out in so many parts, by default latent by latent, so that a reader has the first frames when a
+    third of the block is decoded. `clock` in seconds, only ever
     forward. `encode_prompt` turns words into the states of the model's text encoder, where it has one.
     Call `step` again and again, or `start` a thread that does.
     """
@@ -73,10 +76,14 @@ class SessionHost:
         clock: Callable[[], float] = time.monotonic,
         *,
         size: tuple[int, int] | None = None,
+        parts: int | None = None,
         encode_prompt: Callable[[str], Float[Array, "1 S E"]] | None = None,
     ) -> None:
         config = avatar.config
         self.avatar, self.slots, self.clock = avatar, slots, clock
+        self.parts = parts or config.dit.block_frames
+        if config.dit.block_frames % self.parts:
+            raise ValueError(f"a block of {config.dit.block_frames} latents has no {self.parts} equal parts")
         self.size = size or video_sides(config)
         factor = avatar.vae.config.spatial_factor
         height, width = (side // factor for side in self.size)
@@ -88,7 +95,7 @@ class SessionHost:
         self._encode_prompt = encode_prompt or functools.partial(hashed_words, config)
         self._block_frames = config.dit.block_frames * avatar.vae.config.temporal_factor
         self._ear = try_ear(make_stream(avatar), self._block_frames, config.fps)
-        self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt, self._ear.silence)
+        self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt, self._ear.silence, self.parts)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -174,6 +181,7 @@ class SessionHost:
             Draws(pipeline.sampling, (*shape, pipeline.config.latent_channels), seed),
             seed=seed,
             opened=opened,
+            parts=self.parts,
             clock=self.clock,
             wake=self._woken,
             on_block=on_block,

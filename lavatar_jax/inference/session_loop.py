@@ -39,7 +39,9 @@ class SessionLoop:
         clock: Callable[[], float],
         encode_prompt: Callable[[str], Float[Array, "1 S E"]],
         silence: Float[np.ndarray, "L A T"],
+        parts: int,
     ) -> None:
+        self._parts = parts
         self.pipeline, self._clock, self._encode_prompt = pipeline, clock, encode_prompt
         self.places: dict[int, AvatarSession | None] = {}
         self._hush = Hush(pipeline, silence)
@@ -108,8 +110,9 @@ class SessionLoop:
             with self._guard(session):
                 passenger = session.came_out(block)
                 if passenger is not None:
-                    frames = _to_uint8(self.pipeline.decode(block))
-                    self._decoding.append((session, passenger, frames))
+                    for latent in jnp.split(block.latent, self._parts, axis=1):
+                        frames = _to_uint8(self.pipeline.decode(block._replace(latent=latent)))
+                        self._decoding.append((session, passenger, frames))
         before, self._decoding = self._decoding, before
         self.deliver()
         self._decoding = before

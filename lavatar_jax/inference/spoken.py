@@ -14,14 +14,16 @@ from lavatar_jax.inference.latency import BlockLatency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpokenBlock:
-    """12 frames and their 480 ms of sound.
+    """The frames of a block, or of a part of it, and the sound that belongs to them.
 
-    Indices count 0, 1, 2, ... without a gap, so that `time` is exact for ever. A `held` block stands in for a
-    late one: copies of the last frame, no sound.
+    A block is 12 frames, 480 ms. It comes in as many parts as the host was told, usually one for each latent
+    frame: 4 frames, 160 ms. Indices count 0, 1, 2, ... without a gap, so that `time` is exact for ever. A
+    `held` block stands in for a late one: copies of the last frame, no sound.
     """
 
     index: int
-    time: float  # seconds from the session's start at which the first frame is shown: 0.48 * index
+    part: int = 0
+    time: float  # seconds from the session's start at which the first frame is shown: 0.48 * index + ...
     frames: UInt8[np.ndarray, "T H W 3"]
     sound: Float[np.ndarray, " n"]  # 16 kHz
     held: bool = False

@@ -66,7 +66,7 @@ def make_host(slots: int = 2, layout: PipelineLayout = ONE, sampling=SAMPLING, n
 
 @functools.cache
 def cached_host(slots: int, layout: PipelineLayout, sampling: SamplingConfig, name: str) -> SessionHost:
-    return SessionHost(avatar(sampling), slots, layout, clock=Clock())
+    return SessionHost(avatar(sampling), slots, layout, clock=Clock(), parts=3 if name == "parts" else 1)
 
 
 def drain(session: AvatarSession) -> list:
@@ -120,6 +120,39 @@ def test_not_live_is_talk(layout: PipelineLayout) -> None:
     np.testing.assert_array_equal(sound_of(blocks)[: len(samples)], samples)
     assert not sound_of(blocks)[len(samples) :].any()
     assert session.reason == "finished"
+
+
+def test_parts_of_a_block_are_the_whole_block_sooner() -> None:
+    """Latent by latent: the same frames and sound, and room and time are still counted in blocks."""
+    sampling = dataclasses.replace(SAMPLING, drop_first_frames=3)
+    made = {}
+    for name in ("here", "parts"):
+        host = make_host(sampling=sampling, name=name)
+        session = host.open(photo(), live=False, unread=3)
+        session.push_audio(speech(4.5))
+        session.finish()
+        while host.step() == 0.0:
+            pass
+        assert len(session.outbox) == 3 * host.parts
+        made[name] = list(session)
+        assert session.stats.blocks == 5
+    whole, parts = made["here"], made["parts"]
+    np.testing.assert_allclose(frames_of(parts).astype(int), frames_of(whole).astype(int), atol=1)
+    np.testing.assert_array_equal(sound_of(parts), sound_of(whole))
+    assert [(block.index, block.part) for block in parts] == [(i, j) for i in range(5) for j in range(3)]
+    assert [block.time for block in parts] == pytest.approx([0.16 * i for i in range(15)])
+    assert {len(block.frames) for block in parts} == {4}
+    # An interrupt fades what is not out yet, even of a block that has begun.
+    host = make_host(sampling=sampling, name="parts")
+    session = host.open(photo())
+    session.push_audio(speech(4))
+    host.step()
+    assert session.read().sound.any()
+    session.interrupt()
+    rest = [session.read().sound for _ in range(2)]
+    assert rest[0][: FADE // 2].any()
+    assert not rest[0][FADE:].any()
+    assert not rest[1].any()
 
 
 def test_frames_that_decoding_drops_are_part_of_the_time() -> None:
@@ -520,7 +553,7 @@ def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None
 
 
 def test_a_thread_serves_readers_and_ends() -> None:
-    host = SessionHost(avatar(), 2, ONE)
+    host = SessionHost(avatar(), 2, ONE, parts=1)
     host.start()
     done = []
 
