@@ -211,7 +211,7 @@ from lavatar_jax.checkpoints import conversion, journal, orbax_store, stream_wri
 from tools.pth import PickledTensors
 
 point, count, wan, lora, out = sys.argv[1:]
-orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, stream_write.SYNC_BYTES = 2**14, 1, 2**13
+orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, stream_write.SYNC_BYTES = 2**15, 1, 2**16
 calls = 0
 
 def killing(function):
@@ -236,9 +236,9 @@ conversion.convert_folder(
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves of the small model have many chunks, as those of a large one."""
-    monkeypatch.setattr(orbax_store, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(orbax_store, "CHUNK_BYTES", 2**15)
     monkeypatch.setattr(orbax_store, "JOIN_BYTES", 1)
-    monkeypatch.setattr(stream_write, "SYNC_BYTES", 2**13)
+    monkeypatch.setattr(stream_write, "SYNC_BYTES", 2**16)
 
 
 @pytest.mark.usefixtures("small_chunks")
