@@ -17,6 +17,7 @@ from lavatar_jax.inference.pipeline_spmd import OneProgramPipeline
 from lavatar_jax.inference.rollout import Draws, rollout
 from lavatar_jax.inference.talk import photo_conditions, talk
 from lavatar_jax.parallel import PipelineLayout
+from lavatar_jax.quant import E4M3, quantize
 from lavatar_jax.types import BlockInput, Conditions
 from tests.tiny import normal, random_dit, random_vae, tiny_config, tiny_vae_config
 
@@ -89,6 +90,20 @@ def test_equals_the_sequential_rollout(steps: int, layout: PipelineLayout) -> No
     """20 blocks: warm-up, steady state, and a ring of 3 blocks that wraps many times."""
     sampling = dataclasses.replace(SAMPLING, steps=steps)
     assert_equal(piped(sampling, 20, layout), sequential(sampling, 20))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_8_bit_weights_on_tensor_parallel_stages(per_channel: bool) -> None:
+    dit, vae = quantize(random_dit(tiny_config()), per_channel=per_channel), random_vae(VAE)
+    layout = PipelineLayout(stages=4, tensor=2)
+    pipeline = Pipeline(dit, vae, SAMPLING, height=HEIGHT, width=WIDTH, layout=layout)
+    weight = pipeline.dit.blocks.self_attn.q.weight.get_value()
+    assert weight.values.dtype == E4M3
+    assert 2 * weight.values.addressable_shards[0].data.shape[-1] == weight.values.shape[-1]
+    got = pipeline_rollout(pipeline, conditions(3), audio(3, 6), seed=3)
+    want = rollout(dit, vae, conditions(3), audio(3, 6), SAMPLING, seed=3)
+    for block, reference in zip(got, want, strict=True):
+        np.testing.assert_allclose(block.latent, reference.latent, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapt", [1, 2, 5])
