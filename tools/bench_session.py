@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -36,8 +37,8 @@ from rich.table import Table
 RATE = 16_000
 
 
-def listen_to(session: Any, samples: np.ndarray, *, microphone: bool) -> None:
-    """Says something at once, or as it is spoken: in pieces of 20 ms."""
+def say(session: Any, samples: np.ndarray, microphone: bool) -> None:
+    """Pushes speech at once, or as it is spoken: in pieces of 20 ms."""
     if not microphone:
         session.push_audio(samples)
     else:
@@ -57,19 +58,22 @@ def one_session(host: Any, face: Path, early: int | None, pause: float, micropho
         while time.monotonic() < until:
             if (block := session.read(timeout=0.02)) and not block.held:
                 schedule = max(schedule, time.monotonic() - block.time)
-        listen_to(session, speech, microphone=microphone)
+        speaker = threading.Thread(target=say, args=(session, speech, microphone))
+        speaker.start()
         while not session.stats.silence_to_speech:
             block = session.read(timeout=10)
             if block is None:
                 raise SystemExit("no speech came out within 10 s: the machine is too slow or too busy")
             if not block.held:
                 schedule = max(schedule, time.monotonic() - block.time)
+        read = time.monotonic()
         latency = block.latency
         heard, parts = latency.first_speech, latency.parts()
+        speaker.join()
         return {
             "first frame": session.stats.first_frame,
             "to speech": session.stats.silence_to_speech[0],
-            "shown": max(schedule + block.time, time.monotonic()) - heard,
+            "shown": max(schedule + block.time, read) - heard,
             "waiting": latency.taken - heard,
             "features": parts["features"] + parts["feed"],
             "stages": sum(value for name, value in parts.items() if name.startswith("stage")),
