@@ -123,7 +123,7 @@ class SessionCore:
             start = self._pace.begins(self.fed + self._delivery.held)
             if ready:
                 return start - self.options.lead
-            expecting = not self._ended and (len(self._queue) > 0 or self._quiet < PAUSE)
+            expecting = not self._ended and self._quiet < PAUSE
             return start + self.options.slack if expecting else start
 
     def _unheard(self) -> bool:
@@ -157,29 +157,33 @@ class SessionCore:
             return Feed(passenger.index, noise, inputs, distances, exit_stage)
 
     def _hear(self, now: float) -> BlockLatency:
+        """Hears what waits, and silence for the rest: behind it, or in front where speech has just begun,
+        so that it goes on in the next block without a gap."""
         latency = BlockLatency(taken=now)
         missing = self._hearing.missing()
         heard = self._queue.take(missing)
         filled = missing - len(heard.samples)
-        begins = filled > 0 and (len(heard.samples) > 0 or not self._gap)
-        if begins and self.options.live and not self._ended and self._quiet < PAUSE:
-            self.stats.underruns += 1
-        self._gap = filled > 0
+        begins = not self._ended and self._quiet >= PAUSE
+        behind = filled > 0 and not begins
+        if behind and not self._ended and (len(heard.samples) > 0 or not self._gap):
+            self.stats.underruns += self.options.live
+        self._gap = behind
         latency.arrived = heard.arrival()
-        self._find_speech(heard)
+        front = filled if begins else 0
         if len(heard.samples):
-            self._last_real = self._hearing.heard + len(heard.samples)
-        self._quiet += filled * 50 // SAMPLE_RATE
-        self._hearing.push(np.pad(heard.samples, (0, filled)))
+            self._find_speech(heard, self._hearing.heard + front)
+            self._last_real = self._hearing.heard + front + len(heard.samples)
+        self._quiet += 0 if begins else filled * 50 // SAMPLE_RATE
+        self._hearing.push(np.pad(heard.samples, (front, filled - front)))
         latency.heard = self._clock()
         return latency
 
-    def _find_speech(self, heard: Heard) -> None:
+    def _find_speech(self, heard: Heard, position: int) -> None:
         """Notes where speech begins after a pause."""
         for piece, loud in enumerate(loud_pieces(heard.samples)):
             if loud and self._quiet >= PAUSE:
                 sample = piece * SAMPLE_RATE // 50
-                self._onsets.append((self._hearing.heard + sample, heard.arrival(sample) or 0.0))
+                self._onsets.append((position + sample, heard.arrival(sample) or 0.0))
             self._quiet = 0 if loud else self._quiet + 1
 
     def entered(self, now: float) -> None:

@@ -278,6 +278,29 @@ def test_a_microphone_is_heard_completely_and_in_time() -> None:
     assert max(waits) < 0.1
 
 
+def test_speech_that_begins_in_a_block_goes_on_without_a_gap() -> None:
+    """A microphone that was off: its first 300 ms are there when the block is due."""
+    host = make_host()
+    session = host.open(photo())
+    said, sent = speech(6), 0
+    blocks = []
+
+    def talk_on() -> None:
+        nonlocal sent
+        blocks.extend(drain(session))
+        due = int(max(0.0, host.clock.now - 1000.0 - 0.66) * 16_000)
+        session.push_audio(said[sent:due]) if due > sent else None
+        sent = max(sent, due)
+
+    run(host, 3.0, talk_on)
+    sound = sound_of(blocks)
+    first = np.flatnonzero(sound)[0]
+    np.testing.assert_array_equal(sound[first:], said[: len(sound) - first])
+    assert first == pytest.approx(2 * BLOCK + 1280 + BLOCK * 180 / 480, abs=400)
+    assert session.stats.underruns == 0
+    assert session.stats.silence_to_speech[0] < 0.4
+
+
 def test_broken_samples_are_silence_and_wrong_shapes_an_error() -> None:
     host = make_host()
     session = host.open(photo(), live=False)
