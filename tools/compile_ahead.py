@@ -78,13 +78,13 @@ class Compilations:
         if event == "/jax/compilation_cache/cache_hits":
             self._hit = True  # of the program whose duration is reported next
 
-    def _on_duration(self, event: str, seconds: float, **details: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **details: Any) -> None:
         if event != "/jax/core/compile/backend_compile_duration":
             return
         if self._hit:
             self.found += 1
         else:
-            self.compiled.append((str(details.get("fun_name", "?")), seconds))
+            self.compiled.append((str(details.get("fun_name", "?")), duration_secs))
         self._hit = False
 
 
@@ -157,5 +157,5 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    CODE = []
+    CODE: list[int] = []
     sys.exit(run(lambda: CODE.append(main(OPTIONS))) or CODE[0])
