@@ -257,6 +257,7 @@ class SessionHost:
 
     def start(self) -> None:
         """Runs `run_forever` in a thread of its own."""
+        self._stopping.clear()
         self._thread = threading.Thread(target=self.run_forever, name="sessions", daemon=True)
         self._thread.start()
 

@@ -24,9 +24,11 @@ from tests.tiny import random_dit, random_vae, tiny_config, tiny_vae_config
 SAMPLING = SamplingConfig(
     motion=False, adapt_sink_after=1, prime_latents=2, ring_blocks=2, steps=2, drop_first_frames=0
 )
+DROPPING = dataclasses.replace(SAMPLING, drop_first_frames=3)
 MEL = LogMelConfig(bands=2, pooled=1)
 BLOCK = 7680
 STAGES = PipelineLayout(stages=2)
+SLOTS = 3
 ONE = PipelineLayout(stages=1, own_decoder=False)
 
 
@@ -55,9 +57,9 @@ def speech(blocks: float, seed: int = 0) -> np.ndarray:
     return (0.3 * np.random.default_rng(seed).standard_normal(int(blocks * BLOCK))).astype(np.float32)
 
 
-def make_host(slots: int = 2, layout: PipelineLayout = ONE, sampling=SAMPLING, name="here") -> SessionHost:
+def make_host(layout: PipelineLayout = ONE, sampling=SAMPLING, name="here") -> SessionHost:
     """An empty host. They are used again: compiling is what takes time. `name` tells two of a kind apart."""
-    host = cached_host(slots, layout, sampling, name)
+    host = cached_host(layout, sampling, name)
     for session in host.sessions:
         session.close()
     host.clock.now = 1000.0
@@ -65,8 +67,8 @@ def make_host(slots: int = 2, layout: PipelineLayout = ONE, sampling=SAMPLING, n
 
 
 @functools.cache
-def cached_host(slots: int, layout: PipelineLayout, sampling: SamplingConfig, name: str) -> SessionHost:
-    return SessionHost(avatar(sampling), slots, layout, clock=Clock(), parts=3 if name == "parts" else 1)
+def cached_host(layout: PipelineLayout, sampling: SamplingConfig, name: str) -> SessionHost:
+    return SessionHost(avatar(sampling), SLOTS, layout, clock=Clock(), parts=3 if name == "parts" else 1)
 
 
 def drain(session: AvatarSession) -> list:
@@ -106,7 +108,7 @@ def test_not_live_is_talk(layout: PipelineLayout) -> None:
     samples = speech(4.3)
     model = avatar(sampling)
     want = np.concatenate(list(talk(model, photo_conditions(model, photo()), samples, seed=3)))
-    host = make_host(layout=layout)
+    host = make_host(layout)
     session = host.open(photo(), seed=3, live=False)
     cuts = [0, 1, 700, 9000, 9001, 20000, len(samples)]
     for start, end in itertools.pairwise(cuts):
@@ -124,10 +126,9 @@ def test_not_live_is_talk(layout: PipelineLayout) -> None:
 
 def test_parts_of_a_block_are_the_whole_block_sooner() -> None:
     """Latent by latent: the same frames and sound, and room and time are still counted in blocks."""
-    sampling = dataclasses.replace(SAMPLING, drop_first_frames=3)
     made = {}
     for name in ("here", "parts"):
-        host = make_host(sampling=sampling, name=name)
+        host = make_host(sampling=DROPPING, name=name)
         session = host.open(photo(), live=False, unread=3)
         session.push_audio(speech(4.5))
         session.finish()
@@ -143,7 +144,7 @@ def test_parts_of_a_block_are_the_whole_block_sooner() -> None:
     assert [block.time for block in parts] == pytest.approx([0.16 * i for i in range(15)])
     assert {len(block.frames) for block in parts} == {4}
     # An interrupt fades what is not out yet, even of a block that has begun.
-    host = make_host(sampling=sampling, name="parts")
+    host = make_host(sampling=DROPPING, name="parts")
     session = host.open(photo())
     session.push_audio(speech(4))
     host.step()
@@ -156,10 +157,9 @@ def test_parts_of_a_block_are_the_whole_block_sooner() -> None:
 
 
 def test_frames_that_decoding_drops_are_part_of_the_time() -> None:
-    sampling = dataclasses.replace(SAMPLING, drop_first_frames=3)
-    samples, model = speech(2), avatar(sampling)
+    samples, model = speech(2), avatar(DROPPING)
     want = np.concatenate(list(talk(model, photo_conditions(model, photo()), samples)))
-    host = make_host(sampling=sampling)
+    host = make_host(sampling=DROPPING)
     session = host.open(photo(), live=False)
     session.push_audio(samples)
     session.finish()
@@ -178,11 +178,11 @@ def test_sessions_that_share_a_host_show_what_they_show_alone() -> None:
 
     alone = {}
     for seed in (1, 2, 3):
-        host = make_host(3, STAGES)
+        host = make_host(STAGES)
         session = host.open(photo(seed), prompt=f"voice {seed}", seed=seed, live=False)
         feed(session, seed)
         alone[seed] = frames_of(offline(host, session))
-    host = make_host(3, STAGES)
+    host = make_host(STAGES)
     others = {}
     for seed in (3, 1):
         others[seed] = host.open(photo(seed), prompt=f"voice {seed}", seed=seed, live=False)
@@ -200,9 +200,9 @@ def test_sessions_that_share_a_host_show_what_they_show_alone() -> None:
 
 
 def test_busy_until_somebody_leaves() -> None:
-    host = make_host(1)
-    first = host.open(photo())
-    with pytest.raises(Busy, match="all 1 places are taken"):
+    host = make_host()
+    first, *_ = [host.open(photo()) for _ in range(SLOTS)]
+    with pytest.raises(Busy, match="all 3 places are taken"):
         host.open(photo())
     first.close()
     host.open(photo())
@@ -323,7 +323,7 @@ def test_memory_is_bounded_on_both_sides() -> None:
 
 
 def test_without_a_clock_an_unread_session_waits_for_its_reader() -> None:
-    host = make_host(layout=STAGES)
+    host = make_host(STAGES)
     session = host.open(photo(), live=False, unread=3)
     session.push_audio(speech(8))
     session.finish()
@@ -337,7 +337,7 @@ def test_without_a_clock_an_unread_session_waits_for_its_reader() -> None:
 
 def test_interrupt() -> None:
     """The old sound fades within 5 ms, the next block's is silent, and the picture moves on as before."""
-    host = make_host(layout=STAGES)
+    host = make_host(STAGES)
     session = host.open(photo())
     session.push_audio(speech(20))
     before = []
@@ -389,12 +389,12 @@ def test_after_an_interrupt_the_avatar_does_what_it_does_in_silence() -> None:
 def test_save_and_restore_in_another_host(tmp_path) -> None:
     """Saved in the middle of speech, and gone on with elsewhere, next to others: not a bit differs."""
     samples = speech(7.4)
-    whole_host = make_host(2, STAGES)
+    whole_host = make_host(STAGES)
     whole = whole_host.open(photo(), prompt="hello", seed=5, live=False)
     whole.push_audio(samples)
     whole.finish()
     want = offline(whole_host, whole)
-    host = make_host(2, STAGES)
+    host = make_host(STAGES)
     session = host.open(photo(), prompt="hello", seed=5, live=False)
     other = host.open(photo(1), seed=1, live=False)
     other.push_audio(speech(9, 1))
@@ -405,7 +405,7 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["session.safetensors"]
     got = drain(session)
     assert 0 < len(got) < 7
-    elsewhere = make_host(2, STAGES, name="elsewhere")
+    elsewhere = make_host(STAGES, name="elsewhere")
     elsewhere.open(photo(4), live=False).push_audio(speech(4))
     elsewhere.step()
     restored = elsewhere.restore(tmp_path / "session.safetensors", live=False)
@@ -422,18 +422,19 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
 
 
 def test_a_saved_session_is_checked(tmp_path) -> None:
-    host = make_host(1)
+    host = make_host()
     path = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="there is no saved session"):
         host.restore(path)
-    host.save(host.open(photo()), path)
+    sessions = [host.open(photo()) for _ in range(SLOTS)]
+    host.save(sessions[0], path)
     with pytest.raises(Busy):
         host.restore(path)
-    other = make_host(sampling=dataclasses.replace(SAMPLING, ring_blocks=3))
+    other = make_host(sampling=DROPPING)
     with pytest.raises(UserError, match="was saved with"):
         other.restore(path)
     path.write_bytes(path.read_bytes()[:-100])
-    host.sessions[0].close()
+    sessions[0].close()
     with pytest.raises(UserError, match="damaged"):
         host.restore(path)
     with pytest.raises(UserError, match="cannot be written"):
@@ -443,7 +444,7 @@ def test_a_saved_session_is_checked(tmp_path) -> None:
 @pytest.mark.parametrize("fault", ["callback", "features", "prompt"])
 def test_a_fault_closes_its_session_only(fault: str) -> None:
     def run_with(faulty: bool) -> np.ndarray:
-        host = make_host(2, STAGES)
+        host = make_host(STAGES)
         good = host.open(photo(1), seed=1)
         bad = host.open(photo(2), on_block=(lambda block: 1 / 0) if fault == "callback" and faulty else None)
         blocks = []
@@ -499,7 +500,7 @@ def test_pauses_are_skipped_when_too_much_sound_waits() -> None:
 
 
 def test_latency_of_a_block_and_of_speech() -> None:
-    host = make_host(layout=STAGES)
+    host = make_host(STAGES)
     session = host.open(photo())
     run(host, 2.0)
     drain(session)
@@ -519,7 +520,7 @@ def test_latency_of_a_block_and_of_speech() -> None:
 
 def test_early_exit_shows_the_first_blocks_sooner_and_changes_no_other_state() -> None:
     def blocks(early_exit) -> tuple[list, list]:
-        host = make_host(layout=PipelineLayout(stages=2))
+        host = make_host(STAGES)
         session = host.open(photo(), live=False, early_exit=early_exit)
         session.push_audio(speech(4))
         session.finish()
@@ -533,7 +534,7 @@ def test_early_exit_shows_the_first_blocks_sooner_and_changes_no_other_state() -
     assert (got[0].frames != want[0].frames).any()
     assert len(got) == len(want) == 4
     assert plain.stats.early == 0
-    one = make_host(layout=ONE).open(photo(), early_exit=0)
+    one = make_host().open(photo(), early_exit=0)
     assert one.options.early_exit is None  # one stage has nothing to leave early
 
 
@@ -554,7 +555,7 @@ def test_a_prompt_can_change() -> None:
 
 def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None:
     def blocks(interrupt: bool) -> tuple[np.ndarray, np.ndarray]:
-        host = make_host(2, STAGES)
+        host = make_host(STAGES)
         sessions = [host.open(photo(seed), seed=seed, live=False) for seed in range(2)]
         for session in sessions:
             session.push_audio(speech(6))
@@ -576,7 +577,7 @@ def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None
 
 
 def test_a_thread_serves_readers_and_ends() -> None:
-    host = SessionHost(avatar(), 2, ONE, parts=1)
+    host = make_host()
     host.start()
     done = []
 
