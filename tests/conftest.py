@@ -1,6 +1,7 @@
-"""One environment for every test: nine virtual CPU devices (four stages of two, and a decoder), full-precision products, no surprises.
+"""One environment for every test: nine virtual CPU devices, full-precision products, no surprises.
 
-The devices must be asked for before jax is imported, hence the assignments above the imports.
+Nine are four pipeline stages of two, and a decoder. They must be asked for before jax is imported, hence
+the assignments above the imports.
 """
 
 import os

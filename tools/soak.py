@@ -86,7 +86,7 @@ def soak(
     total = round(seconds * SAMPLE_RATE / block)
     marks: list[dict[str, Any]] = []
     frames, drift, next_mark = 0, 0.0, WARM_UP
-    live = session.options.live
+    clock = host.clock if isinstance(host.clock, JumpingClock) else None  # live
     start = last = (0.0, time.perf_counter(), time.process_time())
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("seconds of video", total=seconds)
@@ -102,9 +102,9 @@ def soak(
                 index += made.part == host.parts - 1
                 video = made.time + len(made.frames) / host.avatar.config.fps
                 drift = max(drift, abs(video - voice.received / SAMPLE_RATE))
-                if live:
+                if clock:
                     begins = made.time - 0.04 * made.part * len(made.frames)
-                    drift = max(drift, abs(begins - (host.clock.now - session.stats.opened)))
+                    drift = max(drift, abs(begins - (clock.now - session.stats.opened)))
                 if video >= next_mark:
                     now = (video, time.perf_counter(), time.process_time())
                     gc.collect()
@@ -120,8 +120,8 @@ def soak(
                     last = (video, time.perf_counter(), time.process_time())
                     next_mark += WINDOW
                 progress.update(task, completed=video)
-            if live and 0 < wait < np.inf:
-                host.clock.now += wait
+            if clock and 0 < wait < np.inf:
+                clock.now += wait
     wall = time.perf_counter() - start[1]
     found = {
         "seconds": round(total * block / SAMPLE_RATE, 2),

@@ -45,7 +45,8 @@ from lavatar_jax.parallel import STAGE, TENSOR, PipelineLayout, place_model, sta
 from lavatar_jax.types import BlockInput, Conditions
 
 
-class Feed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Feed:
     """A block that enters the pipeline in one slot. Arrays have a batch axis of 1."""
 
     index: int  # block number in its video
@@ -55,14 +56,16 @@ class Feed(NamedTuple):
     exit_stage: int | None = None  # also report what this stage takes for the clean latent
 
 
-class _Passenger(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Passenger:
     """A block on its way through the stages."""
 
     index: int
     exit_stage: int
 
 
-class Finished(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Finished:
     """A block that left the last stage; or, `early`, what an earlier one (`Feed.exit_stage`) made of it.
 
     An early block goes on through the stages, so that every ring remembers it, and is reported again at the
@@ -189,7 +192,7 @@ class Pipeline:
             jax.jit(functools.partial(embed, timesteps=by_stage[:, j]))(self.dit) for j in range(local)
         )
         sigmas = np.stack([steps.sigmas[s * local : (s + 1) * local + 1] for s in range(stages)])
-        value = self._pad_steps(Steps(times, sigmas.reshape(-1).astype(np.float32)))
+        value = self._pad_steps(Steps(times, jnp.asarray(sigmas.reshape(-1), jnp.float32)))
         specs = jax.tree.map(lambda _: P(STAGE), value)
         return jax.device_put(value, self._shardings(specs)), specs
 
@@ -293,44 +296,49 @@ class Pipeline:
         return any(self.in_flight[:-1])
 
     def _host_packet(self, feeds: Mapping[int, Feed]) -> Packet:
-        """The packet without its noise, as host arrays; rows without a block get an idle plan."""
-        config, sampling = self.config, self.sampling
-        plans, inputs = [], []
-        for slot in range(self.slots):
-            feed = feeds.get(slot)
-            index = feed.index if feed else self._next_block[slot]
-            distances = feed.distances if feed else [0] * sampling.steps
-            plans.append(plan_block(config, sampling, index, self.height, self.width, distances))
-            inputs.append(feed.inputs if feed else None)
-        frames, channels = config.block_frames, config.latent_channels
-        video_frames = 4 * frames
-        silent = np.zeros((self.speakers, config.audio_layers, config.audio_dim, video_frames), np.float32)
-        no_pose = np.zeros((frames, self.height, self.width, channels), np.float32)
+        """The packet as host arrays; rows without a block get an idle plan."""
+        config, steps = self.config, self.sampling.steps
+        given = [feeds.get(slot) for slot in range(self.slots)]
+        plans = [
+            plan_block(
+                config,
+                self.sampling,
+                feed.index if feed else self._next_block[slot],
+                self.height,
+                self.width,
+                feed.distances if feed else [0] * steps,
+            )
+            for slot, feed in enumerate(given)
+        ]
+        frames = config.block_frames
+        zeros = np.zeros((frames, self.height, self.width, config.latent_channels), np.float32)
+        silent = np.zeros((self.speakers, config.audio_layers, config.audio_dim, 4 * frames), np.float32)
 
-        def pose(given: BlockInput | None) -> np.ndarray:
-            return no_pose if given is None or given.pose is None else np.asarray(given.pose)[0]
+        def stack(rows: list[Any]) -> Any:
+            return np.stack([np.asarray(row) for row in rows])
+
+        def pose(feed: Feed | None) -> Any:
+            return zeros if feed is None or feed.inputs.pose is None else np.asarray(feed.inputs.pose)[0]
 
         return Packet(
-            latent=np.zeros((self.slots, *no_pose.shape), np.float32),
+            # The only row's noise stays on its device.
+            latent=given[0].noise
+            if self.slots == 1 and given[0]
+            else stack([np.asarray(feed.noise)[0] if feed else zeros for feed in given]),
             inputs=BlockInput(
-                np.stack([silent if given is None else np.asarray(given.audio)[0] for given in inputs]),
-                np.stack([pose(given) for given in inputs]) if config.use_pose else None,
+                stack([np.asarray(feed.inputs.audio)[0] if feed else silent for feed in given]),
+                stack([pose(feed) for feed in given]) if config.use_pose else None,
             ),
-            offset=np.array([plan.slot.offset for plan in plans], np.int32),
-            end=np.array([plan.slot.end for plan in plans], np.int32),
-            rope=Rope(*(np.stack([p.rope[i] for p in plans]) for i in range(2))),
-            sink_rope=Rope(*(np.stack([[r[i] for r in p.sink_ropes] for p in plans]) for i in range(2))),
+            offset=stack([np.int32(plan.slot.offset) for plan in plans]),
+            end=stack([np.int32(plan.slot.end) for plan in plans]),
+            rope=Rope(*(stack([plan.rope[i] for plan in plans]) for i in range(2))),
+            sink_rope=Rope(*(stack([[r[i] for r in plan.sink_ropes] for plan in plans]) for i in range(2))),
         )
 
     def _fresh(self, feeds: Mapping[int, Feed]) -> Packet:
         """This tick's packet on stage 0; the shards of the other stages are idle ones placed before."""
         packet = self._host_packet(feeds)
         first = list(self.mesh.devices[0])
-        if feeds:
-            rows = [feeds[s].noise if s in feeds else None for s in range(self.slots)]
-            latent = _stack_noise(rows, packet.latent)
-            packet = packet._replace(latent=latent)
-
         placed = [jax.device_put(packet, device) for device in first]  # one call for all arrays: it is faster
 
         def join(idle: Array, others: dict[jax.Device, Array], *new: Array) -> Array:
@@ -473,9 +481,3 @@ def _check(sampling: SamplingConfig, layout: PipelineLayout) -> None:
 def _ring_specs(count: int) -> Rings:
     spec = P(STAGE, None, None, TENSOR, None)
     return tuple(RingCache(spec, spec, spec) for _ in range(count))  # type: ignore[arg-type]
-
-
-def _stack_noise(rows: list[Array | None], zeros: np.ndarray) -> Array | np.ndarray:
-    if len(rows) == 1 and rows[0] is not None:
-        return rows[0]
-    return np.concatenate([zeros[:1] if row is None else np.asarray(row) for row in rows])

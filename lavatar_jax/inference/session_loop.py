@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -111,7 +112,7 @@ class SessionLoop:
                 passenger = session.came_out(block)
                 if passenger is not None:
                     for latent in jnp.split(block.latent, self._parts, axis=1):
-                        frames = _to_uint8(self.pipeline.decode(block._replace(latent=latent)))
+                        frames = _to_uint8(self.pipeline.decode(dataclasses.replace(block, latent=latent)))
                         self._decoding.append((session, passenger, frames))
         before, self._decoding = self._decoding, before
         self.deliver()

@@ -63,8 +63,9 @@ def dot_product_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, softmax in float32.
 
-    `length`: only the first `length` keys exist, for all rows or one number a row. `mask` [T, S]: True where attention is allowed; it
-    becomes a materialised bias on GPU, so streaming uses `length`.
+    `length`: only the first `length` keys exist, for all rows or one number a row.
+    `mask` [T, S]: True where attention is allowed; it becomes a materialised bias on GPU, so streaming uses
+    `length`.
     `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only).
     """
     lengths = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])

@@ -339,7 +339,7 @@ def test_an_early_block_comes_out_sooner_and_changes_nothing_else() -> None:
     play(plain.pipeline, 10, {0: plain}, None)
     pipeline = make_pipeline()
     video = Video(pipeline, 0, 10, 6)
-    first = video.feed()[0]._replace(exit_stage=1)
+    first = dataclasses.replace(video.feed()[0], exit_stage=1)
     finished = [pipeline.tick({0: first})]
     finished += [pipeline.tick(video.feed()) for _ in range(9)]
     came_out = [(tick, block.index, block.early) for tick, blocks in enumerate(finished) for block in blocks]

@@ -72,7 +72,8 @@ def _sampling(case: Case, preset: SamplingConfig, changes: dict[str, Any]) -> Sa
 def _inputs(
     case: Case, dit: CausalDiT, vae: CausalVAE, sampling: SamplingConfig
 ) -> tuple[Conditions, list[BlockInput]]:
-    height, width = size_less_than_area(*case["image_hw"], case["max_area"])
+    rows, columns = case["image_hw"]
+    height, width = size_less_than_area(rows, columns, case["max_area"])
     pixels = resize_and_crop(case.inputs["image"], height, width)
     text = pad_text([case.inputs["context"]], dit.config.text_len)
     conditions = image_conditions(dit.config, vae, sampling, pixels, jnp.asarray(text))
