@@ -286,7 +286,9 @@ class SessionHost:
                 waiting.outbox.changed.wait_for(lambda: len(waiting.outbox) or waiting.outbox.closed)
             return
         wait = self.step()
-        if wait == math.inf and not len(waiting.outbox) and not waiting.outbox.closed:
+        if len(waiting.outbox) or waiting.outbox.closed:
+            return
+        if wait == math.inf:
             raise RuntimeError("no block will come: push sound, and then finish()")
         if wait > 0:
             time.sleep(min(wait, 1.0))

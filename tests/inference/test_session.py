@@ -322,6 +322,14 @@ def test_memory_is_bounded_on_both_sides() -> None:
     assert session.stats.dropped_frames == 7 * 12
 
 
+def test_a_reader_that_would_wait_for_ever_is_told() -> None:
+    session = make_host().open(photo(), live=False)
+    session.push_audio(speech(1.5))
+    assert next(session).index == 0
+    with pytest.raises(RuntimeError, match="no block will come"):
+        next(session)
+
+
 def test_without_a_clock_an_unread_session_waits_for_its_reader() -> None:
     host = make_host(STAGES)
     session = host.open(photo(), live=False, unread=3)
