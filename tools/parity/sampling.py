@@ -82,10 +82,14 @@ def _inputs(
     return conditions, [BlockInput(jnp.asarray(piece)) for piece in pieces]
 
 
-def _whole_video(case: Case, preset: SamplingConfig, variants: dict[str, dict[str, Any]]) -> Iterator[Check]:
+Outputs = dict[str, dict[str, np.ndarray]]  # of a case, by variant
+
+
+def _whole_video(
+    case: Case, outputs: Outputs, preset: SamplingConfig, variants: dict[str, dict[str, Any]]
+) -> Iterator[Check]:
     dit, vae = load_dit(case, "dit."), _load_vae(case)
     tolerance, video_tolerance = case.tolerance("flow/latents"), case.tolerance("video")
-    outputs = dict(case.outputs())
     for variant, want in outputs.items():
         recorded = {**outputs[""], **want}
         sampling = _sampling(case, preset, variants[variant])
@@ -161,20 +165,21 @@ def _ring_checks(
 
 def single_gpu(case: Case) -> Iterator[Check]:
     online = {"adapt_sink_after": case["n_blocks"], "adapt_motion": True}
-    yield from _whole_video(case, RELEASE_SINGLE, {"": online, "noaas": {}})
+    yield from _whole_video(case, dict(case.outputs()), RELEASE_SINGLE, {"": online, "noaas": {}})
 
 
 def tpp(case: Case) -> Iterator[Check]:
     """The sequential rollout, then the pipeline itself: four stages and a decoder (5 devices)."""
     changes = {"adapt_sink_after": case["n_blocks"]}
-    yield from _whole_video(case, RELEASE_TPP, {"": changes})
+    outputs = dict(case.outputs())
+    yield from _whole_video(case, outputs, RELEASE_TPP, {"": changes})
     dit, vae = load_dit(case, "dit."), _load_vae(case)
     sampling = _sampling(case, RELEASE_TPP, changes)
     conditions, blocks = _inputs(case, dit, vae, sampling)
     height, width = conditions.reference.shape[2:4]
     devices = jax.devices("cpu")  # five virtual ones; a machine with accelerators may have fewer of them
     pipeline = Pipeline(dit, vae, sampling, height=height, width=width, devices=devices)
-    want = dict(case.outputs())[""]
+    want = outputs[""]
     made = list(pipeline_rollout(pipeline, conditions, blocks, draws=_RecordedDraws(case, want, sampling)))
     tolerance = case.tolerance("flow/latents")
     yield from _latent_checks(case, [np.asarray(b.latent) for b in made], want, "pipeline", tolerance)
