@@ -7,7 +7,8 @@ pipeline of one stage is the sequential rollout.
 
 Rows of the batch are `slots`: independent videos, each at its own block. A row without a block in a tick
 still computes (a bubble), but at the ring slot that its next block will overwrite before attending to it,
-so a bubble changes nothing and costs no masking.
+so a bubble changes nothing and costs no masking. Slots do not disturb each other, bit for bit, but for one
+case: 8-bit layers scale activations by the largest of a call, which all rows share.
 """
 
 from __future__ import annotations
