@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lavatar_jax.config import DiTConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.layers import Linear, RMSNorm
 
 Implementation = Literal["xla", "cudnn"]
@@ -26,7 +27,15 @@ class KV(NamedTuple):
 class Attention(nnx.Module):
     """Projections of multi-head attention with RMSNorm over all channels of q and k."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, zero_out: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        rngs: nnx.Rngs,
+        zero_out: bool = False,
+        implementation: Implementation = "xla",  # of `cross`
+    ) -> None:
         self.q = Linear(width, width, rngs=rngs)
         self.k = Linear(width, width, rngs=rngs)
         self.v = Linear(width, width, rngs=rngs)
@@ -34,6 +43,7 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(width)
         self.norm_k = RMSNorm(width)
         self.heads = heads
+        self.implementation = implementation
 
     def _split(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -49,7 +59,8 @@ class Attention(nnx.Module):
 
     def cross(self, x: Float[Array, "B T D"], context: KV) -> Float[Array, "B T D"]:
         """Attention of `x` to all of `context`, without positions or mask."""
-        return self.output(dot_product_attention(self.queries(x), context.k, context.v))
+        y = dot_product_attention(self.queries(x), context.k, context.v, implementation=self.implementation)
+        return self.output(y)
 
 
 def dot_product_attention(
@@ -66,8 +77,13 @@ def dot_product_attention(
     `length`: only the first `length` keys exist, for all rows or one number a row.
     `mask` [T, S]: True where attention is allowed; it becomes a materialised bias on GPU, so streaming uses
     `length`.
-    `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only).
+    `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only). Raises UserError for it on
+    other devices.
     """
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            'attention "cudnn" needs an NVIDIA GPU; set dit.attention to "xla" in the model\'s config.json'
+        )
     lengths = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
     return jax.nn.dot_product_attention(
         q,

@@ -50,7 +50,7 @@ class Block(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.self_attn = Attention(width, config.heads, rngs=rngs)
-        self.cross_attn = Attention(width, config.heads, rngs=rngs)
+        self.cross_attn = Attention(width, config.heads, rngs=rngs, implementation=config.attention)
         self.norm3 = LayerNorm(width)
         self.ffn = MLP(width, config.ffn_width, width, gelu_tanh, rngs=rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, width)) / math.sqrt(width))

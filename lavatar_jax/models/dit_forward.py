@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.models import rope as rp
-from lavatar_jax.models.attention import KV, Implementation, RingCache, RingSlot, dot_product_attention
+from lavatar_jax.models.attention import KV, RingCache, RingSlot, dot_product_attention
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
 from lavatar_jax.models.dit import (
     CausalDiT,
@@ -46,7 +46,6 @@ def sink_keys_values(
     *,
     drop_motion: bool = False,
     half_table: bool = False,
-    implementation: Implementation = "xla",
 ) -> KV:
     """Keys and values [L, B, C, N, H] of the reference (and packed motion) tokens: t = 0, no audio.
 
@@ -69,7 +68,7 @@ def sink_keys_values(
 
     def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, KV]:
         y = dot_product_attention(
-            apply_rope(q, table), apply_rope(kv.k, table), kv.v, implementation=implementation
+            apply_rope(q, table), apply_rope(kv.k, table), kv.v, implementation=config.attention
         )
         return y, state, kv
 
@@ -97,7 +96,6 @@ def prefill_sink(
     *,
     drop_motion: bool = False,
     half_table: bool = False,
-    implementation: Implementation = "xla",
 ) -> RingCache:
     """`sink_keys_values` written into the cache's sink."""
     sink = sink_keys_values(
@@ -107,7 +105,6 @@ def prefill_sink(
         text,
         drop_motion=drop_motion,
         half_table=half_table,
-        implementation=implementation,
     )
     return write_sink(cache, sink)
 
@@ -125,7 +122,6 @@ def stream_forward(
     *,
     pose_BFHWC: Float[Array, "B F H W C"] | None = None,
     actor_mask_BPFHW: Float[Array, "B P F H W"] | None = None,
-    implementation: Implementation = "xla",
     unroll: bool = False,
 ) -> tuple[Float[Array, "B F H W C"], RingCache]:
     """One denoising step of one block -> (velocity, cache with this block's noisy keys and values).
@@ -157,7 +153,12 @@ def stream_forward(
         v = write(ring.v, kv.v, n_sink + slot.offset)
         k_layer, v_layer = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False) for b in (k, v))
         y = dot_product_attention(
-            apply_rope(q, rope), k_layer, v_layer, length=end, mask=mask, implementation=implementation
+            apply_rope(q, rope),
+            k_layer,
+            v_layer,
+            length=end,
+            mask=mask,
+            implementation=model.config.attention,
         )
         return y, KV(k, v), None
 

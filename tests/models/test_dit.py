@@ -14,6 +14,7 @@ from flax import nnx
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.config import DiTConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.models import rope as rp
 from lavatar_jax.models.attention import init_cache, ring_slot
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
@@ -264,3 +265,8 @@ def test_every_key_of_the_14b_checkpoint_finds_its_place() -> None:
     stacks = {path: seen for path, seen in layers.items() if seen}
     assert stacks == {path: set(range(full_size()[path].shape[0])) for path in stacks}
     assert {len(seen) for seen in stacks.values()} == {40, 12}
+
+
+def test_the_flash_kernel_is_refused_in_one_line_where_there_is_none() -> None:
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        stream(random_dit(tiny_config(layers=3, inject_layers=(0, 2), attention="cudnn")))
