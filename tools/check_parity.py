@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.parity import adapters, forwards, parts, sampling, speech, text, vae
+from tools.parity import adapters, distillation, forwards, parts, sampling, speech, text, vae
 from tools.parity.case import EXACT, Case, Check, Tolerance
 
 CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
@@ -53,6 +53,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "12": sampling.image_size,
     "13": adapters.lora,
     "14": adapters.fp8,
+    "15a": distillation.losses,
 }
 
 
