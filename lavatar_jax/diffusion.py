@@ -2,7 +2,7 @@
 
 The path is `x = (1 - sigma) x0 + sigma noise` and the network predicts `v = noise - x0` (method section 1).
 Levels of a frame or a sample are given by the leading axes of `sigma`: [] for all, [B] per sample, [B, F]
-per frame of a latent [B, F, H, W, C]. Arithmetic is float32 whatever the latent's type.
+per frame of a latent [B, F, H, W, C]. Arithmetic is at least float32 whatever the latent's type.
 """
 
 from __future__ import annotations
@@ -64,29 +64,34 @@ class FlowSchedule:
 def euler_step(x: jax.Array, v: jax.Array, sigma: ArrayLike, next_sigma: ArrayLike) -> jax.Array:
     """One Euler step along the predicted velocity, from noise level `sigma` to `next_sigma`."""
     step = _like(next_sigma, x) - _like(sigma, x)
-    return (x.astype(jnp.float32) + step * v.astype(jnp.float32)).astype(x.dtype)
+    return (_wide(x) + step * _wide(v)).astype(x.dtype)
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, sigma: ArrayLike) -> jax.Array:
     """The point of the path at noise level `sigma`."""
     level = _like(sigma, x0)
-    mixed = (1.0 - level) * x0.astype(jnp.float32) + level * noise.astype(jnp.float32)
+    mixed = (1.0 - level) * _wide(x0) + level * _wide(noise)
     return mixed.astype(x0.dtype)
 
 
 def velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
     """The regression target `noise - x0` [float32]."""
-    return noise.astype(jnp.float32) - x0.astype(jnp.float32)
+    return _wide(noise) - _wide(x0)
 
 
 def v_to_x0(x: jax.Array, v: jax.Array, sigma: ArrayLike) -> jax.Array:
     """The clean latent that a velocity at noise level `sigma` points to [float32]."""
-    return x.astype(jnp.float32) - _like(sigma, x) * v.astype(jnp.float32)
+    return _wide(x) - _like(sigma, x) * _wide(v)
 
 
 def x0_to_v(x: jax.Array, x0: jax.Array, sigma: ArrayLike) -> jax.Array:
     """The velocity that leads from `x` at noise level `sigma` > 0 to `x0` [float32]."""
-    return (x.astype(jnp.float32) - x0.astype(jnp.float32)) / _like(sigma, x)
+    return (_wide(x) - _wide(x0)) / _like(sigma, x)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _like(sigma: ArrayLike, x: jax.Array) -> jax.Array:
