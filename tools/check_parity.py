@@ -54,6 +54,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "13": adapters.lora,
     "14": adapters.fp8,
     "15a": distillation.losses,
+    "15b": distillation.rollout,
 }
 
 

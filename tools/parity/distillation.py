@@ -1,17 +1,19 @@
-"""Case 15a: the noise levels of distillation, and its losses with recorded predictions as networks."""
+"""Cases 15a (noise levels and losses of distillation, on recorded predictions) and 15b (its rollout)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavatar_jax.training import dmd
+from lavatar_jax.training import dmd, self_forcing
 from lavatar_jax.training.dmd import Denoiser, DMDConfig
 from lavatar_jax.training.flow_grid import FlowGrid
-from tools.parity.case import Case, Check
+from lavatar_jax.training.self_forcing import SelfForcingConfig
+from tools.parity.case import EXACT, Case, Check
 
 
 def losses(case: Case) -> Iterator[Check]:
@@ -94,3 +96,78 @@ def losses(case: Case) -> Iterator[Check]:
 
 def _per_frame(t_B: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(t_B[:, None], x.shape[:2])
+
+
+def rollout(case: Case) -> Iterator[Check]:
+    """The stub generator's cache is a log of its calls, so that their order is compared too."""
+    want, tolerance = dict(case.outputs())[""], case.tolerance("float32")
+    frames = case["num_frame_per_block"]
+    for name, args in case["variants_args"].items():
+        recorded = {key: jnp.asarray(case.inputs[f"{name}.{key}"]) for key in ("noise", "w", "renoise")}
+        drawn = jnp.asarray(case.inputs[f"{name}.exit_flags"], jnp.int32)
+        config = SelfForcingConfig(
+            steps=tuple(case["denoising_step_list_raw"]),
+            shift=case["scheduler_shift"],
+            cache="context",
+            context=args["cn"],
+            same_exit=args["same"],
+            last_only=args["last"],
+        )
+        exits, calls, theta = self_forcing.settle_exits(drawn, config), case["calls"][name], jnp.ones(())
+        log = (jnp.zeros((), jnp.int32), jnp.zeros((len(calls), 2)))
+        lead = recorded["w"].shape[1] - recorded["noise"].shape[1]  # frames of a given first latent
+        head = jnp.zeros((1, 0, *case["shape_chw"]))
+        if lead:
+            head = jnp.asarray(case.inputs[f"{name}.initial_latent"])
+            _, log = _stub(theta, head, jnp.zeros(()), jnp.asarray(0), log)  # fills the cache as a sink does
+        starts = lead + frames * jnp.arange(len(exits))
+        learning = self_forcing.learns(starts, recorded["w"].shape[1], config)
+
+        done = self_forcing.roll_out(
+            _stub,
+            theta,
+            _blocks(recorded["noise"], frames),
+            _draws(case.inputs[f"{name}.renoise"], np.asarray(exits), len(config.steps)),
+            exits,
+            starts,
+            log,
+            config,
+        )
+        slope = _blocks(recorded["w"][:, lead:], frames)
+        dtheta = self_forcing.replay_gradient(_stub, theta, done, starts, slope, learning)
+        output = jnp.concatenate([head, *done.x0], axis=1)
+        yield Check(f"{name}.output", output, want[f"{name}.output"], tolerance)
+        yield Check(f"{name}.dtheta", dtheta[None], want[f"{name}.dtheta"], tolerance)
+        told = [[call["timestep"][0], call["current_start"] / case["frame_seq_length"]] for call in calls]
+        yield Check(f"{name}.calls", done.cache[1], np.array(told), tolerance)
+        graded = {call["current_start"] // case["frame_seq_length"] for call in calls if call["grad_enabled"]}
+        yield Check(f"{name}.learning", learning, [int(start) in graded for start in starts], EXACT)
+        reached = case["denoised_timestep_from_to"][name]
+        if args["same"]:
+            got = self_forcing.denoised_range(int(exits[0]), config)
+            yield Check(f"{name}.denoised_range", np.array(got), np.array(reached), EXACT)
+
+
+def _stub(theta: jax.Array, x: jax.Array, t: jax.Array, start: jax.Array, log: Any) -> tuple[jax.Array, Any]:
+    """The case's generator in closed form; `log` is (number of calls, their timesteps and first frames)."""
+    count, lines = log
+    lines = lines.at[count].set(jnp.stack([t, start.astype(jnp.float32)]))
+    return theta * (0.8 * x - 0.1 * t / 1000) + 0.01 * start, (count + 1, lines)
+
+
+def _blocks(x: jax.Array, frames: int) -> jax.Array:
+    """[1, K * frames, ...] -> [K, 1, frames, ...]."""
+    return x.reshape(-1, frames, *x.shape[2:])[:, None]
+
+
+def _draws(draws: np.ndarray, exits: np.ndarray, steps: int) -> jax.Array:
+    """Noise [n, F, ...] in drawing order, as [K, S, 1, F, ...]: steps before the exit, then the context.
+
+    As much was recorded as the longest rollout needs; a shorter one leaves some of it.
+    """
+    table = np.zeros((len(exits), steps, 1, *draws.shape[1:]), np.float32)
+    each = iter(draws)
+    for block, exit_step in enumerate(exits):
+        for slot in (*range(exit_step), steps - 1):
+            table[block, slot, 0] = next(each)
+    return jnp.asarray(table)
