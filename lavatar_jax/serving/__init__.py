@@ -1,0 +1,1 @@
+"""Live use: what stands between the session loop and a viewer."""
