@@ -140,8 +140,8 @@ def replay_gradient(
 ) -> Params:
     """Gradient by `params` of a loss whose derivative by the rollout's results is `slope`.
 
-    The gradients of blocks add up in a scan: peak memory is one block's graph. Blocks that are not `learning`
-    cost their forward, but add nothing.
+    The gradients of blocks add up in a scan, which holds one block's graph at a time. Blocks that are not
+    `learning` are computed like the others, but add nothing.
     """
 
     def block(total: Params, xs: tuple[Array, Array, Array, Any, Array]) -> tuple[Params, None]:
