@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lavatar_jax.quant import QuantizedWeight
+from lavatar_jax.quant import QuantizedWeight, dotted
 
 Model = TypeVar("Model")
 Adapters = dict[str, jax.Array]  # by dotted path, `blocks.self_attn.q.weight.a`
@@ -72,7 +72,7 @@ def add_adapters(
 
     def adapt(path: tuple[Any, ...], weight: Any) -> Any:
         nonlocal count
-        name = _dotted(path)
+        name = dotted(path)
         if not re.fullmatch(targets, name):
             return weight
         if isinstance(weight, AdaptedWeight):
@@ -104,9 +104,9 @@ def split_adapters(model: Model) -> tuple[Adapters, Model]:
     put both together there with `join_adapters`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model)
-    adapters = {_dotted(path): leaf for path, leaf in leaves if _ADAPTER.fullmatch(_dotted(path))}
+    adapters = {dotted(path): leaf for path, leaf in leaves if _ADAPTER.fullmatch(dotted(path))}
     rest = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if _dotted(path) in adapters else leaf, model
+        lambda path, leaf: None if dotted(path) in adapters else leaf, model
     )
     return adapters, rest
 
@@ -115,14 +115,10 @@ def join_adapters(adapters: Adapters, rest: Model) -> Model:
     """The inverse of `split_adapters`. Raises KeyError if an adapter is missing."""
 
     def fill(path: tuple[Any, ...], leaf: Any) -> Any:
-        return adapters[_dotted(path)] if leaf is None and _ADAPTER.fullmatch(_dotted(path)) else leaf
+        return adapters[dotted(path)] if leaf is None and _ADAPTER.fullmatch(dotted(path)) else leaf
 
     return jax.tree_util.tree_map_with_path(fill, rest, is_leaf=lambda node: node is None)
 
 
 def _is_weight(node: Any) -> bool:
     return isinstance(node, AdaptedWeight | QuantizedWeight)
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "", 1)

@@ -84,6 +84,11 @@ def is_quantized(path: str) -> bool:
     return _LINEARS.fullmatch(path) is not None
 
 
+def dotted(path: tuple) -> str:
+    """A parameter's path in the tree as `blocks.self_attn.q.weight`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "", 1)
+
+
 def quantize(model: Model, *, per_channel: bool = False) -> Model:
     """A transformer whose large linear layers hold `QuantizedWeight`s; all else stays as it is.
 
@@ -94,7 +99,7 @@ def quantize(model: Model, *, per_channel: bool = False) -> Model:
 
     def convert(path: tuple, leaf: Array) -> Array | QuantizedWeight:
         nonlocal count
-        name = jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "", 1)
+        name = dotted(path)
         if not is_quantized(name.removesuffix(".base")):
             return leaf
         count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -16,6 +17,12 @@ from lavatar_jax.types import Conditions
 def to_signed(pixels: UInt8[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
     """uint8 0..255 -> float32 -1..1."""
     return pixels.astype(np.float32) * (2 / 255) - 1
+
+
+@jax.jit
+def to_uint8(video: Float[Array, "*any"]) -> UInt8[Array, "*any"]:
+    """Frames in -1..1 -> uint8 0..255, on their device."""
+    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
 
 
 def image_conditions(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.delivery import OnBlock
 from lavatar_jax.inference.hearing import Hearing, try_ear
-from lavatar_jax.inference.listen import make_stream
+from lavatar_jax.inference.listen import frames_per_block, make_stream
 from lavatar_jax.inference.pipeline import Pipeline
 from lavatar_jax.inference.portrait import hashed_words, portrait_conditions, video_sides
 from lavatar_jax.inference.rollout import Draws
@@ -93,7 +93,7 @@ class SessionHost:
             height=height, width=width, slots=slots, layout=layout, devices=devices,
         )  # fmt: skip
         self._encode_prompt = encode_prompt or functools.partial(hashed_words, config)
-        self._block_frames = config.dit.block_frames * avatar.vae.config.temporal_factor
+        self._block_frames = frames_per_block(avatar)
         self._ear = try_ear(make_stream(avatar), self._block_frames, config.fps)
         self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt, self._ear.silence, self.parts)
         self._wake = threading.Event()

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.conditions import to_uint8
 from lavatar_jax.inference.fair_lock import FairLock
 from lavatar_jax.inference.hush import Hush
 from lavatar_jax.inference.pipeline import Feed, Pipeline
@@ -21,11 +22,6 @@ from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_core import Passenger
 
 log = logging.getLogger(__name__)
-
-
-@jax.jit
-def _to_uint8(video: Array) -> Array:
-    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
 
 
 class SessionLoop:
@@ -112,7 +108,7 @@ class SessionLoop:
                 passenger = session.came_out(block)
                 if passenger is not None:
                     for latent in jnp.split(block.latent, self._parts, axis=1):
-                        frames = _to_uint8(self.pipeline.decode(dataclasses.replace(block, latent=latent)))
+                        frames = to_uint8(self.pipeline.decode(dataclasses.replace(block, latent=latent)))
                         self._decoding.append((session, passenger, frames))
         before, self._decoding = self._decoding, before
         self.deliver()

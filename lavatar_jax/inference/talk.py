@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.checkpoints.store import load_text_encoder
 from lavatar_jax.config import SamplingConfig
-from lavatar_jax.inference.conditions import image_conditions
+from lavatar_jax.inference.conditions import image_conditions, to_uint8
 from lavatar_jax.inference.images import cover_and_crop, resize_and_crop, video_size
 from lavatar_jax.inference.listen import Samples, listen
 from lavatar_jax.inference.pipeline import Pipeline
@@ -100,9 +99,4 @@ def talk(
         blocks = pipeline_rollout(pipeline, conditions, inputs, seed=seed)
     for block in blocks:
         if block.frames is not None:
-            yield np.asarray(_to_uint8(block.frames))[0]
-
-
-@jax.jit
-def _to_uint8(video: Array) -> Array:
-    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+            yield np.asarray(to_uint8(block.frames))[0]
