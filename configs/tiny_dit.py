@@ -24,6 +24,7 @@ def get_config() -> DiTRun:
             motion_frames=(0, 0),
             use_motion=False,
             use_pose=False,
+            input_skip=True,
         ),
         data=LatentsConfig(),
         loss=ForcingConfig(),

@@ -72,6 +72,7 @@ class DiTConfig:
     motion_frames: tuple[int, int] = (73, 19)
     use_motion: bool = True  # has a frame packer
     use_pose: bool = True  # has a pose condition encoder
+    input_skip: bool = False  # the head adds the noisy latent; for models narrower than a patch (`dit.Head`)
     # How streaming computes attention: "cudnn" is the flash kernel of NVIDIA GPUs, for 16-bit models.
     attention: Literal["xla", "cudnn"] = "xla"
 

@@ -78,23 +78,43 @@ class Block(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated norm and projection to the velocity of each patch, in float32."""
+    """Modulated norm and projection to the velocity of each patch, in float32.
+
+    With `config.input_skip` the noisy latent is added, every element of a patch times a gain that depends on
+    the timestep. A patch of a small model has more elements than the model is wide, so its tokens cannot
+    carry all of the noise that the velocity contains; by the skip they need not.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.width)) / config.width**0.5)
         n_out = config.patch**2 * config.latent_channels
         self.linear = Linear(config.width, n_out, rngs=rngs, zero=True, float32=True)
-        self.patch = config.patch
+        if config.input_skip:
+            self.gain = Linear(config.width, n_out, rngs=rngs, zero=True, float32=True)
+        self.patch, self.input_skip = config.patch, config.input_skip
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], e_BFD: Float[Array, "B F D"], rows: int) -> Array:
-        """T = F * rows * columns noisy tokens -> velocity [B, F, H, W, C]."""
-        batch, frames = e_BFD.shape[:2]
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        e_BFD: Float[Array, "B F D"],
+        latent_BFHWC: Float[Array, "B F H W C"],
+    ) -> Float[Array, "B F H W C"]:
+        """Tokens (T = F * rows * columns) and what was noisy about them -> velocity.
+
+        Rows and columns of the latent that do not fill a patch are cut off.
+        """
+        batch, frames, height = latent_BFHWC.shape[:3]
         e = self.modulation[...].astype(jnp.float32)[:, None] + e_BFD[:, None]  # [B, 2, F, D]
         shift, scale = (spread(e[:, i], frames, x_BTD.shape[1] // frames, 0) for i in range(2))
         y = self.linear(layer_norm(x_BTD) * (1 + scale) + shift)
-        p = self.patch
+        p, rows = self.patch, height // self.patch
         y = y.reshape(batch, frames, rows, -1, p, p, y.shape[-1] // p**2)
-        y = y.transpose(0, 1, 2, 4, 3, 5, 6)
+        y = y.transpose(0, 1, 2, 4, 3, 5, 6)  # [B, F, rows, p, columns, p, C]
+        if self.input_skip:
+            columns, channels = y.shape[4], y.shape[6]
+            latent = latent_BFHWC[:, :, : rows * p, : columns * p].astype(y.dtype).reshape(y.shape)
+            gain = self.gain(e_BFD).reshape(batch, frames, 1, p, 1, p, channels)
+            y = y + gain * latent
         return y.reshape(batch, frames, rows * p, -1, y.shape[-1])
 
 

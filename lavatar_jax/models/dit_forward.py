@@ -129,7 +129,7 @@ def stream_forward(
     The block attends to the sink, the ring and itself, in both directions inside the block. Its keys and
     values replace the oldest block's *before* attention. Donate the cache: it is updated in place.
     """
-    frames, height = latent_BFHWC.shape[1:3]
+    frames = latent_BFHWC.shape[1]
     x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
     n_sink = cache.sink_tokens
     end = n_sink + slot.end
@@ -175,7 +175,7 @@ def stream_forward(
         actor_mask_BPFHW=actor_mask_BPFHW,
         unroll=unroll,
     )
-    flow = model.head(x, times.e, height // model.config.patch)
+    flow = model.head(x, times.e, latent_BFHWC)
     return flow, dataclasses.replace(cache, k=ring.k, v=ring.v)
 
 
@@ -262,7 +262,9 @@ def train_forward(
     sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
     if mask is None:
         mask = block_causal_mask(*sequence, config.block_frames)
-    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, mask, height, remat)
+    return _one_pass(
+        model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, mask, latent_BFHWC, remat
+    )
 
 
 def teacher_forward(
@@ -295,7 +297,7 @@ def teacher_forward(
     sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
     xp = np if isinstance(t_B, np.ndarray) else jnp
     t_BF = xp.broadcast_to(t_B[:, None], (t_B.shape[0], frames))
-    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, None, table, None, height, remat)
+    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, None, table, None, latent_BFHWC, remat)
 
 
 def _one_pass(
@@ -308,7 +310,7 @@ def _one_pass(
     actor_mask_BPFHW: Array | None,
     table: Rope,
     mask: Bool[Any, "T T"] | None,
-    height: int,
+    latent_BFHWC: Array,
     remat: bool,
 ) -> Array:
     times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
@@ -331,4 +333,4 @@ def _one_pass(
         actor_mask_BPFHW=actor_mask_BPFHW,
         remat=remat,
     )
-    return model.head(x[:, : sequence.noisy], times.e, height // model.config.patch)
+    return model.head(x[:, : sequence.noisy], times.e, latent_BFHWC)

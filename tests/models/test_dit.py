@@ -1,5 +1,6 @@
 """The transformer: ways to run the same weights that must agree, what may see what, and its full size."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -113,10 +114,22 @@ def test_bfloat16_weights_run_and_stay_near_float32() -> None:
 def test_training_begins_silent() -> None:
     """Fresh heads predict zero and fresh injectors add nothing."""
     x, e = normal(0, 1, 12, CONFIG.width), normal(1, 1, 3, CONFIG.width)
-    assert largest(Head(CONFIG, rngs=nnx.Rngs(0))(x, e, 2)) == 0
+    assert largest(Head(CONFIG, rngs=nnx.Rngs(0))(x, e, LATENT[:, :3])) == 0
     injector = AudioInjector(CONFIG.width, CONFIG.heads, rngs=nnx.Rngs(0))
     audio = AudioTokens(normal(2, 1, 1, 3, 5, CONFIG.width), normal(3, 1, 1, 3, CONFIG.width))
     np.testing.assert_array_equal(injector(x, audio), x)
+
+
+def test_the_input_skip_adds_the_latent_times_a_gain_of_its_timestep() -> None:
+    """With the same gain for all elements: what the head says without it, plus gain times latent."""
+    model = nnx.clone(random_dit(dataclasses.replace(CONFIG, input_skip=True)))
+    plain = random_dit(CONFIG)
+    e, x = normal(1, 1, 3, CONFIG.width), normal(0, 1, 12, CONFIG.width)
+    head = model.head
+    head.linear, head.modulation = plain.head.linear, plain.head.modulation
+    gain = head.gain(e)[0, 1].reshape(2, 2, 3)  # of the second frame, for rows and columns of a patch
+    difference = (head(x, e, LATENT[:, :3]) - plain.head(x, e, LATENT[:, :3]))[0, 1]
+    np.testing.assert_allclose(difference, jnp.tile(gain, (2, 2, 1)) * LATENT[0, 1], atol=1e-5)
 
 
 # What may see what

@@ -61,6 +61,7 @@ class Setup:
     motion: bool = False
     pose: bool = False
     actor_mask: bool = False
+    input_skip: bool = False
     frame_start: int = 0  # absolute latent frame of the clip
     sink_frame: int = 30  # where the reference stands
     seed: int = 0
@@ -88,6 +89,7 @@ def setups(draw) -> Setup:
         motion=motion,
         pose=draw(st.booleans()),
         actor_mask=draw(st.booleans()),
+        input_skip=draw(st.booleans()),
         frame_start=draw(st.sampled_from([0, 300_000])),
         # The sink is filled once, with the reference at 30, and rolls afterwards. That equals one pass
         # with a moved reference as long as no motion frames, which never move, see the reference.
@@ -105,6 +107,7 @@ class Clip:
             block_frames=s.block_frames,
             use_motion=s.motion,
             use_pose=s.pose,
+            input_skip=s.input_skip,
             inject_layers=(0, 1),
         )
         self.setup, self.model = s, random_dit(config)
@@ -196,7 +199,7 @@ EVERYTHING = Setup(
 
 @settings(max_examples=4)
 @given(setup=setups())
-@example(setup=Setup(blocks=5, ring=3, sink_frame=47))
+@example(setup=Setup(blocks=5, ring=3, sink_frame=47, input_skip=True))
 @example(setup=EVERYTHING)
 def test_streaming_through_the_ring_equals_one_masked_pass(setup: Setup) -> None:
     clip = Clip(setup)
