@@ -87,7 +87,7 @@ def drop(key: Array, condition: Array, share: float) -> Array:
 
 
 def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int]) -> LossFn:
-    """`loss(params, batch, key)` of `make_train_step`, for batches of `latent_batches`.
+    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `latent_batches`.
 
     `latent_size`: latent frames, rows and columns of a clip. Flow-matching loss on all blocks at once.
     """
@@ -101,8 +101,10 @@ def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple
     reference_column = np.zeros_like(mask)
     reference_column[:noisy, noisy:] = True
 
-    def loss_fn(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        dit: CausalDiT = merge(params)
+    def loss_fn(
+        params: Params, frozen: Params, batch: dict[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        dit: CausalDiT = merge(params, frozen)
         keys = jax.random.split(key, 8)
         x0 = batch["latent"].astype(jnp.float32)
         photo = batch["reference"].astype(jnp.float32)
@@ -147,4 +149,4 @@ def train_dit(config: DiTRun) -> TrainState:
     loss_fn = make_loss(merge, config.model, config.loss, latent_size)
     step_fn = make_train_step(loss_fn, optimizer, config.train.ema_decay)
     state = create_state(params, optimizer, config.train.seed)
-    return fit(step_fn, state, batches, config.train, Path(config.out))
+    return fit(step_fn, state, {}, batches, config.train, Path(config.out))

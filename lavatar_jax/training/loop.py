@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lavatar_jax.checkpoints.runs import RunCheckpoints
 from lavatar_jax.training.optim import schedule
-from lavatar_jax.training.state import TrainState
 
-StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+State = TypeVar("State")  # a registered dataclass with `step` (int32 []) and `seconds` (float32 [])
+StepFn = Callable[[State, Any, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,16 +67,20 @@ def interruption() -> Iterator[threading.Event]:
 
 
 def fit(
-    step_fn: StepFn,
-    state: TrainState,
+    step_fn: StepFn[State],
+    state: State,
+    frozen: Any,
     batches: grain.DatasetIterator,
     config: LoopConfig,
     out: Path,
     *,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate: Callable[[State], dict[str, float]] | None = None,
     stop_at: int | None = None,
-) -> TrainState:
+) -> State:
     """Train until the schedule ends, an interruption, or step `stop_at`; return the last state.
+
+    `step_fn(state, frozen, batch, learning_rate) -> (state, metrics)`, jitted; metrics hold `loss`.
+    `frozen` is a pytree of what is not trained: an argument of the step, no part of checkpoints.
 
     Starts from the newest checkpoint in `out/checkpoints` when there is one, with the data iterator where it
     was. Writes `out/log.jsonl` (one object every `log_every` steps) and checkpoints at intervals and at the
@@ -90,7 +94,7 @@ def fit(
         batches.set_state(restored)
     step, seconds = int(state.step), float(state.seconds)
 
-    def save(state: TrainState, log: Any) -> None:
+    def save(state: State, log: Any) -> None:
         checkpoints.save(dataclasses.replace(state, seconds=jnp.float32(seconds)), batches.get_state())
         if evaluate is not None:
             numbers = {"step": step, "seconds": round(seconds, 1), **evaluate(state)}
@@ -115,7 +119,7 @@ def fit(
             start = time.perf_counter()
             rate = config.learning_rate * schedule(done, warmup=config.warmup)
             batch = jax.tree.map(jnp.asarray, next(batches))
-            state, metrics = step_fn(state, batch, jnp.float32(rate))
+            state, metrics = step_fn(state, frozen, batch, jnp.float32(rate))
             metrics = jax.device_get(metrics)  # waits for the step
             elapsed = time.perf_counter() - start
             step += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from lavatar_jax.checkpoints.convert import param_paths
 
 Params = dict[str, jax.Array]
 Model = TypeVar("Model")
+Model_co = TypeVar("Model_co", covariant=True)
 
 
 @jax.tree_util.register_dataclass
@@ -34,13 +35,26 @@ class TrainState:
     key: jax.Array  # uint32 key data
 
 
-def split_model(model: Model) -> tuple[Params, Callable[[Params], Model]]:
-    """Take a module apart into named arrays; the second result puts it together again."""
+class Merge(Protocol[Model_co]):
+    """Puts a module together from the parameters that are trained and those that are not."""
+
+    def __call__(self, params: Params, frozen: Params | None = None, /) -> Model_co: ...
+
+
+def split_model(model: Model) -> tuple[Params, Merge[Model]]:
+    """Take a module apart into named arrays; the second result puts it together again.
+
+    Its two dictionaries share the names between them in any way: all in the first, or adapters there and the
+    rest in the second.
+    """
     leaves = param_paths(model)
     structure = jax.tree.structure(model)
 
-    def merge(params: Params) -> Model:
-        return jax.tree_util.tree_unflatten(structure, [params[name] for name in leaves])
+    names = tuple(leaves)
+
+    def merge(params: Params, frozen: Params | None = None, /) -> Model:
+        values = {**(frozen or {}), **params}
+        return jax.tree_util.tree_unflatten(structure, [values[name] for name in names])
 
     return leaves, merge
 
@@ -60,22 +74,24 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, seed: 
     return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
 
 
-LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, clip: float = 1.0
-) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """One optimisation step `(state, batch, learning_rate) -> (state, metrics)`; the state is donated.
+) -> Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]:
+    """One optimisation step `(state, frozen, batch, learning_rate) -> (state, metrics)`; donates the state.
 
-    `loss_fn(params, batch, key) -> (loss, metrics)`. The optimizer is built for a learning rate of 1, and the
-    rate is an argument, because a schedule in seconds is known to the host only. The average uses
-    `min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the initial weights quickly.
+    `loss_fn(params, frozen, batch, key) -> (loss, metrics)`; `frozen` is what is not trained (`{}`: nothing).
+    The optimizer is built for a learning rate of 1, and the rate is an argument, because a schedule in
+    seconds is known to the host only. The average uses `min(ema_decay, (1 + step) / (10 + step))`, so that it
+    forgets the initial weights quickly.
     """
 
-    def step_fn(state: TrainState, batch: Any, rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_fn(state: TrainState, frozen: Params, batch: Any, rate: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
         norm = optax.tree.norm(grads)
         # A step whose gradient is not finite is skipped: one bad batch must not end a long run.
         scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1.0, clip / (norm + 1e-9)), 0.0)

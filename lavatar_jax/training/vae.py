@@ -76,10 +76,12 @@ def reconstruction_loss(
 
 
 def make_loss(merge, config: VAELossConfig) -> LossFn:
-    """`loss(params, batch, key)` of `make_train_step`, for batches of `clip_batches`."""
+    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `clip_batches`."""
 
-    def loss_fn(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        model: CausalVAE = merge(params)
+    def loss_fn(
+        params: Params, frozen: Params, batch: dict[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        model: CausalVAE = merge(params, frozen)
         video, weight = unpack(batch)
         mean, log_variance = model.encode_distribution(video)
         if config.decoder_only:
@@ -133,4 +135,4 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     optimizer = make_optimizer(params, weight_decay=config.train.weight_decay)
     step_fn = make_train_step(make_loss(merge, config.loss), optimizer, config.train.ema_decay)
     state = create_state(params, optimizer, config.train.seed)
-    return fit(step_fn, state, clip_batches(config.data), config.train, Path(config.out), stop_at=stop_at)
+    return fit(step_fn, state, {}, clip_batches(config.data), config.train, Path(config.out), stop_at=stop_at)

@@ -106,7 +106,7 @@ def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
     step = make_train_step(make_loss(merge, MODEL, ForcingConfig(), SIZE), optimizer, 0.9)
     state, losses = create_state(params, optimizer, 0), []
     for _ in range(60):
-        state, metrics = step(state, batch, jnp.float32(0.02))
+        state, metrics = step(state, {}, batch, jnp.float32(0.02))
         losses.append(float(metrics["loss"]))
     # The levels are drawn anew each step and the noise cannot be foreseen: it falls to 0.71, never to zero.
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])

@@ -28,7 +28,7 @@ def setup(width: int = 3):
     params, merge = split_model(Net(width, nnx.Rngs(0)))
     optimizer = make_optimizer(params)
 
-    def loss(params, batch, key):
+    def loss(params, frozen, batch, key):
         noise = 0.1 * jax.random.normal(key, batch.shape)
         return jnp.mean((merge(params)(batch + noise) - 0.5) ** 2), {}
 
@@ -45,9 +45,9 @@ CONFIG = LoopConfig(steps=12, batch=4, log_every=4, warmup=0.1, learning_rate=0.
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path):
     state, step = setup()
-    whole = fit(step, state, batches(), CONFIG, tmp_path / "whole")
-    fit(step, setup()[0], batches(), CONFIG, tmp_path / "parts", stop_at=5)
-    resumed = fit(step, setup()[0], batches(), CONFIG, tmp_path / "parts")
+    whole = fit(step, state, {}, batches(), CONFIG, tmp_path / "whole")
+    fit(step, setup()[0], {}, batches(), CONFIG, tmp_path / "parts", stop_at=5)
+    resumed = fit(step, setup()[0], {}, batches(), CONFIG, tmp_path / "parts")
     for name in ("params", "average", "optimizer", "step", "key"):
         a, b = getattr(whole, name), getattr(resumed, name)
         assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b))), name
@@ -56,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path):
 
 def test_the_loop_learns_logs_and_leaves_an_average(tmp_path: Path):
     state, step = setup()
-    fit(step, state, batches(), CONFIG, tmp_path, evaluate=lambda state: {"psnr": 1.0})
+    fit(step, state, {}, batches(), CONFIG, tmp_path, evaluate=lambda state: {"psnr": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
@@ -68,7 +68,7 @@ def test_the_loop_learns_logs_and_leaves_an_average(tmp_path: Path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     state, step = setup()
-    fit(step, state, batches(), CONFIG, tmp_path, stop_at=1)
+    fit(step, state, {}, batches(), CONFIG, tmp_path, stop_at=1)
     with pytest.raises(UserError, match="another model"):
         RunCheckpoints(tmp_path / "checkpoints").restore(setup(width=5)[0])
 
@@ -81,7 +81,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
 def test_a_step_with_a_bad_batch_changes_no_parameter():
     state, step = setup()
     before = np.asarray(state.params["weight"])
-    state, metrics = step(state, jnp.full((4, 4), jnp.nan), jnp.float32(0.1))
+    state, metrics = step(state, {}, jnp.full((4, 4), jnp.nan), jnp.float32(0.1))
     assert not np.isfinite(metrics["grad_norm"])
     np.testing.assert_array_equal(state.params["weight"], before)
 

@@ -62,7 +62,7 @@ def test_the_loss_falls_on_a_fixed_batch(data: ClipsConfig):
     step = make_train_step(make_loss(merge, VAELossConfig(latent_noise=0.05)), optimizer, 0.9)
     state, losses = create_state(params, optimizer, 0), []
     for _ in range(40):
-        state, metrics = step(state, batch, jnp.float32(0.01))
+        state, metrics = step(state, {}, batch, jnp.float32(0.01))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -74,7 +74,7 @@ def test_decoder_fine_tuning_leaves_the_encoder_alone(data: ClipsConfig):
     optimizer = make_optimizer(params)
     loss = make_loss(merge, VAELossConfig(decoder_only=True, latent_noise=0.1))
     state, _ = make_train_step(loss, optimizer, 0.9)(
-        create_state(params, optimizer, 0), batch, jnp.float32(0.01)
+        create_state(params, optimizer, 0), {}, batch, jnp.float32(0.01)
     )
     changed = {name for name, value in state.params.items() if not np.array_equal(value, before[name])}
     assert all(name.startswith(("decoder", "post_quant")) for name in changed)
