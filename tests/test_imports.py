@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lora": ("config", "quant"),
     "diffusion": ("config",),
     "models": ("types", "config", "errors", "parallel", "quant", "lora"),
-    "data": ("types", "config", "errors", "models.logmel", "models.speech_level"),
+    "data": ("types", "config", "errors", "models.logmel", "models.speech_level", "models.words"),
     "evaluation": ("types", "config", "errors", "data"),
     "checkpoints": ("types", "config", "errors", "models", "lora", "quant", "parallel"),
     "inference": (
@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "types", "config", "errors", "models", "diffusion", "data", "checkpoints", "evaluation", "parallel",
-        "lora", "inference.rollout",
+        "lora", "inference.rollout", "inference.denoise",
     ),
     "serving": ("types", "config", "errors", "models", "diffusion", "checkpoints", "inference", "parallel"),
     "cli": ("types", "config", "errors", "inference", "serving", "training"),
