@@ -1,4 +1,4 @@
-"""Meshes of the pipeline: a `stage` axis of denoising steps, a `tensor` axis inside a stage, replicas.
+"""Meshes of the pipeline (`stage`, `tensor`) and of training (`data`, `fsdp`, `tensor`).
 
 Which parameter is split along which axis is decided here and nowhere else.
 """
@@ -6,10 +6,11 @@ Which parameter is split along which axis is decided here and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lavatar_jax.errors import UserError
 
 STAGE, TENSOR = "stage", "tensor"
+DATA, FSDP = "data", "fsdp"
 Model = TypeVar("Model")
 
 
@@ -115,12 +117,12 @@ _TENSOR_RULES: tuple[tuple[str, int], ...] = (
 def tensor_spec(path: str, shape: tuple[int, ...], tensor: int) -> P:
     """The partition of a parameter over the tensor axis; everything no rule names is replicated.
 
-    Parts of a quantised weight follow the weight: their paths continue its path, and an axis of length 1
-    (a scale for all) stays whole.
+    Parts of a quantised or adapted weight follow the weight: their paths continue its path, and an axis of
+    length 1 (a scale for all) stays whole, as does the rank of an adapter.
     """
     for pattern, axis in _TENSOR_RULES:
         if tensor > 1 and re.match(rf"{pattern}(\.|$)", path) and len(shape) >= -axis:
-            if shape[axis] == 1:
+            if shape[axis] == 1 or path.endswith(".weight.a" if axis == -1 else ".weight.b"):
                 return P()
             if shape[axis] % tensor:
                 raise UserError(f"{path} has {shape[axis]} units, which {tensor} devices cannot share evenly")
@@ -138,3 +140,139 @@ def place_model(model: Model, mesh: Mesh) -> Model:
         return jax.device_put(leaf, NamedSharding(mesh, tensor_spec(name, leaf.shape, mesh.shape[TENSOR])))
 
     return jax.tree_util.tree_map_with_path(place, model)
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+STACKED = ("blocks", "injectors")  # modules whose parameters have a leading layer axis
+BATCH = P((DATA, FSDP))  # samples go to all devices that do not share one by tensor parallelism
+
+_training_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("training_mesh", default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share a training step: data x fsdp x tensor of them.
+
+    `data`: groups with a copy of the parameters each; None: as many as there are accelerators for (on CPU
+    one: virtual devices share the cores). `fsdp`: devices that split parameters, gradients and
+    optimizer state, and gather a layer when they compute it. `tensor`: devices that split heads and hidden
+    units.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor); with several processes, of all devices.
+
+    Raises UserError when devices are missing, or would be left over in another process.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    inner, data = config.fsdp * config.tensor, config.data
+    if data is None:
+        alone = found[0].platform == "cpu" and jax.process_count() == 1
+        data = 1 if alone else max(1, len(found) // inner)
+    taken = take_devices(data * inner, found)
+    if jax.process_count() > 1 and len(taken) != len(found):
+        raise UserError(
+            f"a mesh of {data} x {config.fsdp} x {config.tensor} devices leaves out some of the {len(found)} "
+            "of all processes: change --mesh.data, --mesh.fsdp or --mesh.tensor"
+        )
+    # Neighbours in the list are neighbours in the machine: the axes that talk most come last.
+    return Mesh(np.array(taken).reshape(data, config.fsdp, config.tensor), (DATA, FSDP, TENSOR))
+
+
+def param_spec(name: str, shape: tuple[int, ...], *, fsdp: int, tensor: int) -> P:
+    """The partition of a parameter: its tensor rule, and fsdp along the longest other axis that it divides.
+
+    The layer axis of stacked modules stays whole, because a scan takes layer after layer. Vectors are small
+    and stay whole too.
+    """
+    axes = list(tensor_spec(name, shape, tensor))
+    axes += [None] * (len(shape) - len(axes))
+    first = int(name.split(".")[0] in STACKED)
+    if fsdp > 1 and len(shape) - first >= 2:
+        free = [axis for axis in range(first, len(shape)) if axes[axis] is None and shape[axis] % fsdp == 0]
+        if free:
+            axes[max(free, key=lambda axis: shape[axis])] = FSDP
+    return P(*axes)
+
+
+def _parameter_name(path: tuple[Any, ...]) -> str:
+    """The parameter that a leaf of a state belongs to: optimizers keep dictionaries by the same names."""
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return str(keys[-1]) if keys else jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where the leaves of a state (arrays or abstract) live: parameters and all that has their names and
+    shapes (moments, averages) by `param_spec`, the rest on every device."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name, shape = _parameter_name(path), np.shape(leaf)
+        return NamedSharding(mesh, param_spec(name, shape, fsdp=mesh.shape[FSDP], tensor=mesh.shape[TENSOR]))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's samples (numpy, [B, ...] each) -> global arrays, split over data and fsdp.
+
+    Raises UserError when the samples of all processes cannot be split evenly.
+    """
+    shards, processes = mesh.shape[DATA] * mesh.shape[FSDP], jax.process_count()
+    sharding = NamedSharding(mesh, BATCH)
+
+    def put(leaf: Any) -> jax.Array:
+        samples = leaf.shape[0] * processes
+        if samples % shards:
+            raise UserError(
+                f"a batch of {samples} cannot be split evenly over {shards} (data x fsdp) devices"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), (samples, *leaf.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+@contextlib.contextmanager
+def sharded_training(mesh: Mesh) -> Iterator[None]:
+    """Programs that are traced inside pin activations to the batch, and gather weights layer by layer.
+
+    Left alone, the compiler may split the activations as the weights are, and exchange the larger of both.
+    """
+    token = _training_mesh.set(mesh if mesh.size > 1 else None)
+    try:
+        yield
+    finally:
+        _training_mesh.reset(token)
+
+
+def is_sharded() -> bool:
+    """Whether `sharded_training` is in force, on more than one device."""
+    return _training_mesh.get() is not None
+
+
+def split_samples(x: jax.Array) -> jax.Array:
+    """Pin an activation [B, ...] to the devices of its samples, where training is sharded."""
+    mesh = _training_mesh.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def gather_parts(tree: Model, prefix: str = "") -> Model:
+    """Undo the fsdp split of parameters just before they are used, where training is sharded.
+
+    `prefix`: the dotted path of `tree` in the model, where it is a part. Gradients are split again.
+    """
+    mesh = _training_mesh.get()
+    if mesh is None:
+        return tree
+
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = prefix + re.sub(r"\.value(?=\.|$)", "", jax.tree_util.keystr(path, simple=True, separator="."))
+        spec = tensor_spec(name, leaf.shape, mesh.shape[TENSOR])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(gather, tree)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from lavatar_jax.models.audio_encoder import AudioTokens, CausalAudioEncoder
 from lavatar_jax.models.audio_injector import AudioInjector
 from lavatar_jax.models.layers import MLP, LayerNorm, Linear, PatchEmbed, gelu_tanh, layer_norm, spread
 from lavatar_jax.models.motion_packer import MotionPacker
+from lavatar_jax.parallel import gather_parts, is_sharded, split_samples
+
+Remat = Literal["none", "full", "dots"]
 
 NOISY, REFERENCE, MOTION = 0, 1, 2  # rows of the condition-mask embedding
 
@@ -157,7 +160,12 @@ class CausalDiT(nnx.Module):
     def text_keys_values(self, states_BSE: Float[Array, "B S E"]) -> KV:
         """Keys and values of the prompt for every layer, [L, B, S, N, H]: once per session."""
         context = self.embed_text(states_BSE)
-        return jax.vmap(lambda block: block.cross_attn.keys_values(context))(self.blocks)
+
+        def project(block: Block) -> KV:
+            return gather_parts(block.cross_attn, "blocks.cross_attn.").keys_values(context)
+
+        # Split over devices, the layers are gathered one by one and not all at once.
+        return jax.lax.map(project, self.blocks) if is_sharded() else jax.vmap(project)(self.blocks)
 
     def embed_time(self, sinusoid_BFQ: Float[Array, "B F Q"]) -> Times:
         """`timestep_sinusoid` of each frame -> embeddings, in float32."""
@@ -210,6 +218,15 @@ def with_condition_row(model: CausalDiT, times: Times) -> Times:
     return Times(*(jnp.concatenate(pair, axis=1) for pair in zip(times, rows, strict=True)))
 
 
+def with_remat(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """A layer that recomputes what `remat` says in the backward pass."""
+    if remat == "none":
+        return layer
+    # Products of weights are dear and their results small; those of attention grow with the square.
+    keep = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+    return jax.checkpoint(layer, policy=keep)
+
+
 def run_layers(
     model: CausalDiT,
     x_BTD: Float[Array, "B T D"],
@@ -222,7 +239,7 @@ def run_layers(
     per_layer: Any = None,
     audio: AudioTokens | None = None,
     actor_mask_BPFHW: Array | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any, Any]:
     """All blocks and injections -> (tokens, final state, stacked per-layer outputs).
@@ -231,19 +248,22 @@ def run_layers(
     is carried from layer to layer (the cache), `per_layer` has a leading layer axis.
     The loop is `lax.scan` over the stacked blocks; `unroll` is the same as a Python loop: slower to
     compile, and free of per-layer weight slices where XLA would copy them.
+    `remat`: what the backward pass recomputes of a layer: "none", "full" (all but its input), or "dots"
+    (all but the results of linear layers).
     """
     config = model.config
     slots = np.full(config.layers, -1, np.int32)
     slots[list(config.inject_layers)] = np.arange(len(config.inject_layers))
 
     def inject(x: Array, slot: Any) -> Array:
-        injector = jax.tree.map(lambda leaf: leaf[slot], model.injectors)
+        injector = gather_parts(jax.tree.map(lambda leaf: leaf[slot], model.injectors), "injectors.")
         noisy = injector(x[:, : sequence.noisy], audio, actor_mask_BPFHW)
         return jnp.concatenate([noisy, x[:, sequence.noisy :]], axis=1) if sequence.cond else noisy
 
     def layer(carry: tuple[Array, Any], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Any], Any]:
         x, state = carry
         block, text, slot, index, extra = inputs
+        block, x = gather_parts(block, "blocks."), split_samples(x)
 
         def self_attend(q: Array, kv: KV) -> tuple[Array, Any]:
             y, new_state, output = attend(index, q, kv, state, extra)
@@ -257,8 +277,7 @@ def run_layers(
                 x = inject(x, slot)
         return (x, state), output
 
-    if remat:
-        layer = jax.checkpoint(layer)
+    layer = with_remat(layer, remat)
     if not unroll:
         inputs = (model.blocks, text_LBSNH, jnp.asarray(slots), jnp.arange(config.layers), per_layer)
         (x, state), outputs = jax.lax.scan(layer, (x_BTD, state), inputs)

@@ -21,6 +21,7 @@ from lavatar_jax.models.attention import KV, RingCache, RingSlot, dot_product_at
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
 from lavatar_jax.models.dit import (
     CausalDiT,
+    Remat,
     Sequence,
     Times,
     run_layers,
@@ -229,7 +230,7 @@ def train_forward(
     drop_motion: DropMotion = "none",
     blockwise_audio: bool = False,
     mask: Bool[Any, "T T"] | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Float[Array, "B F H W C"]:
     """Diffusion forcing: the whole clip in one pass, block-causal, one timestep (0..1000) per frame.
 
@@ -278,7 +279,7 @@ def teacher_forward(
     motion_BFHWC: Float[Array, "B F H W C"] | None = None,
     pose_BFHWC: Float[Array, "B F H W C"] | None = None,
     add_last_motion: int = 2,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Float[Array, "B F H W C"]:
     """The bidirectional teacher (Wan2.2-S2V): full attention, one timestep per sample.
 
@@ -311,7 +312,7 @@ def _one_pass(
     table: Rope,
     mask: Bool[Any, "T T"] | None,
     latent_BFHWC: Array,
-    remat: bool,
+    remat: Remat,
 ) -> Array:
     times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
 
