@@ -28,7 +28,7 @@ def load_image(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise UserError(f"{path}: image of more than {limit}; make it smaller first") from None
@@ -36,7 +36,8 @@ def load_image(path: str | Path) -> np.ndarray:
         raise UserError(f"{path} is not an image, or is damaged; give a complete {FORMATS} file") from None
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Pixels of any mode as uint8 [H, W, 3], transparency laid on white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits or float: PIL would clip instead of scale
         values = np.nan_to_num(np.asarray(image, np.float32))
         full = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-6)

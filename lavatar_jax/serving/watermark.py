@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from lavatar_jax.errors import UserError
 PUBLIC_KEY = b"lavatar-jax"  # whoever has the program can find this mark, and also remove it
 GRID = 128  # the detector sees this many rows and columns of any video, so that scaling is harmless
 LOWEST, HIGHEST = 16, 96  # half waves a picture; below are the shapes of the face, above what H.264 drops
+LIMITED = 219 / 255  # luma of videos spans so much of a byte
 FALSE_ALARM = 1e-6  # at most so many unmarked videos may be called marked
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -57,13 +58,26 @@ class Watermark:
         change = self.strength * _visibility(frames[0]) * _pattern(self.key, height, width)
         levels = np.rint(change)[..., None].repeat(3, axis=-1)
         up, down = np.maximum(levels, 0).astype(np.uint8), np.maximum(-levels, 0).astype(np.uint8)
-        room = 255 - up
-        for frame, out in zip(frames, marked, strict=True):  # saturating sums of bytes: no wider copies
-            np.minimum(frame, room, out=out)
-            out += up
-            np.maximum(out, down, out=out)
-            out -= down
+        for frame, out in zip(frames, marked, strict=True):
+            out[:] = frame
+            _add(out, up, down)
         return marked
+
+    def embed_luma(self, planes: Sequence[np.ndarray]) -> None:
+        """Marks the luma planes of a few frames in place: uint8 [H, W] of limited range, 16 to 235.
+
+        The same as `embed`, where frames have been converted already: a third of the bytes.
+        """
+        if not planes:
+            return
+        height, width = planes[0].shape
+        if min(height, width) < GRID:
+            raise UserError(f"frames of {width}x{height} are too small to be marked; enlarge them to {GRID}")
+        change = LIMITED * self.strength * _visibility(planes[0]) * _pattern(self.key, height, width)
+        levels = np.rint(change).astype(np.int8)
+        up, down = np.maximum(levels, 0).view(np.uint8), np.maximum(-levels, 0).view(np.uint8)
+        for plane in planes:
+            _add(plane, up, down)
 
     def detect(self, frames: Iterable[np.ndarray]) -> Detection:
         """Looks for the mark in frames uint8 [H, W, 3], or in a video [T, H, W, 3]."""
@@ -79,6 +93,14 @@ class Watermark:
         score = float(values @ _signs(self.key)) / norm if norm else 0.0
         false_alarm = math.exp(-(max(score, 0.0) ** 2) / 2)
         return Detection(score=score, false_alarm=false_alarm, present=false_alarm <= FALSE_ALARM)
+
+
+def _add(pixels: np.ndarray, up: np.ndarray, down: np.ndarray) -> None:
+    """Saturating sums of bytes in place: no wider copies."""
+    np.minimum(pixels, 255 - up, out=pixels)
+    np.add(pixels, up, out=pixels)
+    np.maximum(pixels, down, out=pixels)
+    np.subtract(pixels, down, out=pixels)
 
 
 def coefficients(frames: Iterable[np.ndarray]) -> np.ndarray:
@@ -103,7 +125,7 @@ def _local_mean(squares: np.ndarray, size: int) -> np.ndarray:
 
 
 def _visibility(frame: np.ndarray) -> np.ndarray:
-    """How much stronger the mark may be, [H, W] in 1..2: texture hides it."""
+    """How much stronger the mark may be, [H, W] in 1..2: texture hides it. `frame`: RGB, or its luma."""
     height, width = frame.shape[:2]
     luma = np.asarray(Image.fromarray(frame).convert("L").resize((64, 64), Image.Resampling.BOX), np.float32)
     variance = ndimage.uniform_filter(luma**2, 3) - ndimage.uniform_filter(luma, 3) ** 2

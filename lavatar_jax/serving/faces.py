@@ -1,0 +1,68 @@
+"""The faces one can choose from: bundled, and those of a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.images import cover_and_crop, load_image
+
+BUNDLED = Path(__file__).parents[1] / "samples"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+THUMBNAIL = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Face:
+    id: str
+    name: str
+    pixels: UInt8[np.ndarray, "H W 3"] = dataclasses.field(repr=False)
+    png: bytes = dataclasses.field(repr=False)
+    thumbnail: bytes = dataclasses.field(repr=False)
+
+    def about(self) -> dict[str, object]:
+        """As clients see it."""
+        height, width = self.pixels.shape[:2]
+        where = f"/v1/faces/{self.id}"
+        sizes = {"width": width, "height": height}
+        return {"id": self.id, "name": self.name, "thumbnail": f"{where}/thumbnail", "image": f"{where}/image"} | sizes
+
+
+def load_faces(folder: Path | None = None) -> dict[str, Face]:
+    """By id, the bundled ones first. Raises UserError for a folder without pictures."""
+    bundled = [BUNDLED / "face.png", *sorted((BUNDLED / "faces").glob("*.png"))]
+    own = []
+    if folder is not None:
+        own = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+        if not own:
+            raise UserError(f"{folder}: there is no picture in it; give a folder with PNG, JPEG or WebP files")
+    faces: dict[str, Face] = {}
+    for path in [*bundled, *own]:
+        face = _load(path)
+        faces.setdefault(face.id, face)
+    return faces
+
+
+def _load(path: Path) -> Face:
+    pixels = load_image(path)
+    name = path.stem.replace("_", " ").replace("-", " ").strip() or "face"
+    return Face(
+        id=re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "face",
+        name=name[:1].upper() + name[1:],
+        pixels=pixels,
+        png=_png(pixels),
+        thumbnail=_png(cover_and_crop(pixels, THUMBNAIL, THUMBNAIL)),
+    )
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
