@@ -12,7 +12,7 @@ import numpy as np
 from lavatar_jax.training import dmd, self_forcing
 from lavatar_jax.training.dmd import Denoiser, DMDConfig
 from lavatar_jax.training.flow_grid import FlowGrid
-from lavatar_jax.training.self_forcing import SelfForcingConfig
+from lavatar_jax.training.self_forcing import Level, SelfForcingConfig
 from tools.parity.case import EXACT, Case, Check
 
 
@@ -119,7 +119,8 @@ def rollout(case: Case) -> Iterator[Check]:
         head = jnp.zeros((1, 0, *case["shape_chw"]))
         if lead:
             head = jnp.asarray(case.inputs[f"{name}.initial_latent"])
-            _, log = _stub(theta, head, jnp.zeros(()), jnp.asarray(0), log)  # fills the cache as a sink does
+            clean = Level(0, jnp.zeros(()), jnp.zeros(()))
+            _, log = _stub(theta, head, clean, jnp.asarray(0), log)  # fills the cache as a sink does
         starts = lead + frames * jnp.arange(len(exits))
         learning = self_forcing.learns(starts, recorded["w"].shape[1], config)
 
@@ -134,7 +135,7 @@ def rollout(case: Case) -> Iterator[Check]:
             config,
         )
         slope = _blocks(recorded["w"][:, lead:], frames)
-        dtheta = self_forcing.replay_gradient(_stub, theta, done, starts, slope, learning)
+        dtheta = self_forcing.replay_gradient(_stub, theta, done, starts, log, slope, learning, config)
         output = jnp.concatenate([head, *done.x0], axis=1)
         yield Check(f"{name}.output", output, want[f"{name}.output"], tolerance)
         yield Check(f"{name}.dtheta", dtheta[None], want[f"{name}.dtheta"], tolerance)
@@ -148,11 +149,11 @@ def rollout(case: Case) -> Iterator[Check]:
             yield Check(f"{name}.denoised_range", np.array(got), np.array(reached), EXACT)
 
 
-def _stub(theta: jax.Array, x: jax.Array, t: jax.Array, start: jax.Array, log: Any) -> tuple[jax.Array, Any]:
+def _stub(theta: jax.Array, x: jax.Array, level: Level, start: jax.Array, log: Any) -> tuple[jax.Array, Any]:
     """The case's generator in closed form; `log` is (number of calls, their timesteps and first frames)."""
     count, lines = log
-    lines = lines.at[count].set(jnp.stack([t, start.astype(jnp.float32)]))
-    return theta * (0.8 * x - 0.1 * t / 1000) + 0.01 * start, (count + 1, lines)
+    lines = lines.at[count].set(jnp.stack([level.t, start.astype(jnp.float32)]))
+    return theta * (0.8 * x - 0.1 * level.t / 1000) + 0.01 * start, (count + 1, lines)
 
 
 def _blocks(x: jax.Array, frames: int) -> jax.Array:
