@@ -72,21 +72,25 @@ def score_difference(
     config: DMDConfig,
     *,
     real: Denoiser,
-    real_uncond: Denoiser,
+    real_uncond: Denoiser | None = None,
     fake: Denoiser,
     fake_uncond: Denoiser | None = None,
 ) -> tuple[Float[Array, "B F H W C"], Float[Array, "B F H W C"]]:
     """(fake - real, real): how the two guided predictions of the clean latents differ, and the teacher's.
 
-    `fake_uncond` is only called where `config.fake_guidance` is not 0.
+    An unconditional prediction is only called where its guidance is not 0.
     """
-    guess_fake = fake(noisy, t_BF)
-    if config.fake_guidance:
-        if fake_uncond is None:
-            raise ValueError("guidance of the fake score needs its unconditional prediction")
-        guess_fake = guide(guess_fake, fake_uncond(noisy, t_BF), config.fake_guidance)
-    guess_real = guide(real(noisy, t_BF), real_uncond(noisy, t_BF), config.guidance)
-    return guess_fake - guess_real, guess_real
+
+    def guided(name: str, cond: Denoiser, uncond: Denoiser | None, scale: float) -> Array:
+        guess = cond(noisy, t_BF)
+        if not scale:
+            return guess
+        if uncond is None:
+            raise ValueError(f"guidance of the {name} score needs its unconditional prediction")
+        return guide(guess, uncond(noisy, t_BF), scale)
+
+    guess_real = guided("real", real, real_uncond, config.guidance)
+    return guided("fake", fake, fake_uncond, config.fake_guidance) - guess_real, guess_real
 
 
 def normalise(
@@ -121,17 +125,20 @@ def dmd_loss(
     grid: FlowGrid,
     *,
     mask: Bool[Array, "B F H W C"] | None = None,
+    weight: Array | float = 1.0,
     **networks: Denoiser,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of the student's latents `x`, and {"dmd_gradient_norm"}: the gradient's mean magnitude.
 
     `networks` as in `score_difference`; no gradient passes through them. `t_BF`: from `shift_timestep`.
+    `weight` [B, 1 or F, ...] multiplies the gradient: rewards of samples, or places that count more.
     """
     fixed = jax.lax.stop_gradient(x)
     noisy = grid.add_noise(fixed, noise, t_BF)
     difference, real = score_difference(noisy, t_BF, config, **networks)
     gradient = jax.lax.stop_gradient(normalise(difference, fixed, real))
-    return surrogate_loss(x, gradient, mask), {"dmd_gradient_norm": jnp.mean(jnp.abs(gradient))}
+    loss = surrogate_loss(x, jax.lax.stop_gradient(weight) * gradient, mask)
+    return loss, {"dmd_gradient_norm": jnp.mean(jnp.abs(gradient))}
 
 
 def critic_loss(
