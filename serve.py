@@ -1,12 +1,13 @@
-"""Avatars from the command line: `python serve.py generate --help`."""
+"""Avatars from the command line: `python serve.py generate --help`, `python serve.py live`."""
 
 import signal
 import sys
 
 from lavatar_jax.cli import keep_compilations, parse, run
 from lavatar_jax.inference.generate import Generate
+from lavatar_jax.serving.live import Live
 
-COMMANDS = {"generate": Generate}
+COMMANDS = {"generate": Generate, "live": Live}
 
 
 def main(args: list[str]) -> None:

@@ -22,7 +22,11 @@ class ConsentLog:
     def add(self, *, image: bytes, session: str, name: str | None) -> None:
         """Returns when the line is on the disk. Raises ApiError: what cannot be recorded is not done."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"time": now, "image_sha256": hashlib.sha256(image).hexdigest(), "session": session}
+        line: dict[str, str | None] = {
+            "time": now,
+            "image_sha256": hashlib.sha256(image).hexdigest(),
+            "session": session,
+        }
         line |= {"statement": STATEMENT, "name": name}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

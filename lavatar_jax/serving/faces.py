@@ -31,8 +31,8 @@ class Face:
         """As clients see it."""
         height, width = self.pixels.shape[:2]
         where = f"/v1/faces/{self.id}"
-        sizes = {"width": width, "height": height}
-        return {"id": self.id, "name": self.name, "thumbnail": f"{where}/thumbnail", "image": f"{where}/image"} | sizes
+        about: dict[str, object] = {"id": self.id, "name": self.name, "width": width, "height": height}
+        return about | {"thumbnail": f"{where}/thumbnail", "image": f"{where}/image"}
 
 
 def load_faces(folder: Path | None = None) -> dict[str, Face]:
@@ -42,7 +42,9 @@ def load_faces(folder: Path | None = None) -> dict[str, Face]:
     if folder is not None:
         own = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
         if not own:
-            raise UserError(f"{folder}: there is no picture in it; give a folder with PNG, JPEG or WebP files")
+            raise UserError(
+                f"{folder}: there is no picture in it; give a folder with PNG, JPEG or WebP files"
+            )
     faces: dict[str, Face] = {}
     for path in [*bundled, *own]:
         face = _load(path)

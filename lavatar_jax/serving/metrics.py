@@ -36,7 +36,9 @@ class Metrics:
         self.sessions = gauge("sessions", "Open sessions")
         self.places = gauge("places", "Sessions that fit")
         self.viewers = gauge("viewers", "Connections that receive media")
-        self.underruns = counter("underruns", "Times that the picture was held and silence inserted, by 40 ms")
+        self.underruns = counter(
+            "underruns", "Times that the picture was held and silence inserted, by 40 ms"
+        )
         self.held = counter("held_blocks", "Blocks that were late, and covered by the last frame")
         self.frames = counter("frames", "Frames played out")
         self.dropped_frames = counter("dropped_frames", "Frames that a slow client did not get")
@@ -50,7 +52,7 @@ class Metrics:
         """From now on a compilation is one too many."""
         self._counting.set()
 
-    def _compiled(self, event: str, duration: float, **_: object) -> None:
+    def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED and self._counting.is_set():
             self.recompiles.inc()
 

@@ -40,7 +40,7 @@ def decode_picture(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            image = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
             if image.width * image.height > max_pixels:
                 message = f"The picture has more than {max_pixels / 1e6:.0f} million pixels; make it smaller."
                 raise ApiError(413, "too_large", message)
@@ -68,7 +68,7 @@ def decode_sound(data: bytes, max_seconds: float) -> Float[np.ndarray, " n"]:
     pieces, length = [], 0
     try:
         options = {"protocol_whitelist": "none"}
-        with av.open(io.BytesIO(data), format=kind, options=options) as container:
+        with av.open(io.BytesIO(data), "r", format=kind, options=options) as container:
             if not container.streams.audio:
                 raise unknown
             resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)

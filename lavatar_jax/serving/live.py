@@ -1,0 +1,170 @@
+"""`serve.py live`: speak into a page, and the avatar speaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from lavatar_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lavatar_jax.models.avatar import Avatar
+    from lavatar_jax.parallel import PipelineLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Live:
+    """Serve live avatars: open the printed address in a browser and speak."""
+
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Where to listen. Anything but this machine itself needs an API key."""
+    port: int = 8765
+    model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
+    """The bundled small model, or a folder with a converted one."""
+    sessions: int = 2
+    """How many avatars can speak at once."""
+    queue: int = 0
+    """How many requests for a session may wait for a place; others are told that the server is busy."""
+    devices: int = 1
+    """Accelerators to use, as for generate."""
+    faces: Annotated[Path | None, arg(metavar="DIR")] = None
+    """A folder with more faces to choose from."""
+    api_key_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A file with the key that opens sessions (or in the environment: LAVATAR_API_KEY)."""
+    name: Annotated[tuple[str, ...], arg(metavar="NAME")] = ()
+    """Names under which browsers may reach it, such as avatar.example.org."""
+    tls_cert: Annotated[Path | None, arg(metavar="PEM")] = None
+    """Certificate, with --tls-key: browsers give pages elsewhere a microphone only over https."""
+    tls_key: Annotated[Path | None, arg(metavar="PEM")] = None
+    tts: Literal["auto", "off", "flite", "festival", "http"] = "auto"
+    """Who speaks what is typed; auto: what is installed."""
+    tts_url: Annotated[str | None, arg(metavar="URL")] = None
+    """A text-to-speech service with OpenAI's interface."""
+    data: Annotated[Path, arg(metavar="DIR")] = Path("lavatar_live")
+    """Where consents are recorded."""
+    recordings: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where recordings are kept while their session lives (default: a temporary folder)."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Save sessions here when stopped, and go on with them when started again."""
+    idle: float = 600.0
+    """Seconds without a word after which a session is closed."""
+    bit_rate: int = 1_500_000
+    """Largest bit rate of the video."""
+    watermark: bool = True
+    """Mark frames invisibly as generated."""
+    watermark_key_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A secret for the mark, which then only its owner can find."""
+    c2pa_cert: Annotated[Path | None, arg(metavar="PEM")] = None
+    """Certificate chain that signs recordings as "AI generated", with --c2pa-key."""
+    c2pa_key: Annotated[Path | None, arg(metavar="PEM")] = None
+    ice_server: Annotated[tuple[str, ...], arg(metavar="URL")] = ()
+    """STUN and TURN servers, for clients behind routers."""
+    open: bool = False
+    """Open the page in a browser when it is ready."""
+
+    def run(self) -> None:
+        """Checks everything a user gave, then loads the model and serves until stopped. Raises UserError."""
+        try:
+            import aiortc  # noqa: F401
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"live needs {error.name}, which is not installed: pip install '.[serve]'"
+            ) from None
+        self._check()
+
+        from lavatar_jax.serving.config import ServerConfig
+        from lavatar_jax.serving.security import check_exposure
+
+        config = ServerConfig(
+            host=self.host,
+            port=self.port,
+            api_key=_secret(self.api_key_file, os.environ.get("LAVATAR_API_KEY")),
+            hosts=self.name,
+            idle=self.idle,
+            queue=self.queue,
+            bit_rate=self.bit_rate,
+            watermark=self.watermark,
+            watermark_key=(_secret(self.watermark_key_file) or "").encode() or None,
+            c2pa_certificate=self.c2pa_cert,
+            c2pa_key=self.c2pa_key,
+            faces=self.faces,
+            data=self.data,
+            recordings=self.recordings,
+            state=self.state,
+            tts=self.tts,
+            tts_url=self.tts_url,
+            ice_servers=self.ice_server,
+        )
+        check_exposure(config.host, config.api_key)
+
+        from lavatar_jax.checkpoints.store import load_model_folder
+        from lavatar_jax.inference.session_host import SessionHost
+        from lavatar_jax.serving.app import create_app
+        from lavatar_jax.serving.logs import log_as_json
+        from lavatar_jax.serving.server import serve
+
+        log_as_json()
+        scheme = "https" if self.tls_cert else "http"
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"{scheme}://{shown}:{self.port}/"
+        avatar = load_model_folder(self.model)
+        app = create_app(SessionHost(avatar, self.sessions, self._layout(avatar)), config)
+        print(f"serving on {address} (Ctrl-C stops)", file=sys.stderr)
+        if self.open:
+            threading.Timer(1.0, webbrowser.open, [address]).start()
+        serve(app, config, self.tls_cert, self.tls_key)
+
+    def _check(self) -> None:
+        limits = {"port": (1, 65535), "sessions": (1, 1024), "queue": (0, 1000), "devices": (1, 1024)}
+        for name, (low, high) in (limits | {"bit_rate": (100_000, 50_000_000)}).items():
+            if not low <= getattr(self, name) <= high:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)}: give a number from {low} to {high}")
+        if not self.idle >= 1:
+            raise UserError(f"--idle {self.idle}: give seconds, at least 1")
+        for one, other in (("tls_cert", "tls_key"), ("c2pa_cert", "c2pa_key")):
+            given = [getattr(self, name) for name in (one, other)]
+            if (given[0] is None) != (given[1] is None):
+                options = f"--{one} and --{other}".replace("_", "-")
+                raise UserError(f"{options} belong together; give both")
+            for path in given:
+                if path is not None and not path.is_file():
+                    raise UserError(f"{path}: no such file")
+        for folder in (self.data, self.recordings, self.state):
+            try:
+                if folder is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder}: this folder cannot be made ({error.strerror})") from None
+        if self.faces is not None and not self.faces.is_dir():
+            raise UserError(f"--faces {self.faces}: there is no such folder")
+
+    def _layout(self, avatar: Avatar) -> PipelineLayout | None:
+        if self.devices == 1:
+            return None
+        from lavatar_jax.parallel import layout_for, take_devices
+
+        take_devices(self.devices)
+        return layout_for(self.devices, avatar.config.sampling.steps)
+
+
+def _secret(path: Path | None, otherwise: str | None = None) -> str | None:
+    """The contents of a file, which nobody sees in a list of processes. Raises UserError."""
+    if path is None:
+        return otherwise or None
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: this file cannot be read") from None
+    if not text:
+        raise UserError(f"{path}: this file is empty; it should hold a secret")
+    return text

@@ -1,0 +1,318 @@
+"""One session with everything around it: who is connected, what is said to them, its recording, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Protocol
+
+from lavatar_jax.inference.session import AvatarSession
+from lavatar_jax.serving.broadcast import Broadcast
+from lavatar_jax.serving.config import ServerConfig
+from lavatar_jax.serving.encoder import Encoder
+from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.metrics import Metrics
+from lavatar_jax.serving.playout import Playout, Sent, Viewer
+from lavatar_jax.serving.recording import Recording
+from lavatar_jax.serving.security import same
+from lavatar_jax.serving.voice import Voice
+
+log = logging.getLogger(__name__)
+MODES = ("echo", "silent")
+SPEECH_ENDS = 0.4  # seconds of silence
+
+REASONS = {
+    "closed": "The session was closed.",
+    "idle": "Nothing was said for a long time.",
+    "client_gone": "The client did not come back.",
+    "shutdown": "The server stops.",
+    "failed": "The session failed; start a new one.",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a room is, and what it survives a restart with. Of its tokens only digests are kept."""
+
+    id: str
+    token: bytes = dataclasses.field(repr=False)
+    viewer_token: bytes = dataclasses.field(repr=False)
+    face: str | None
+    voice: str | None = None
+    level: bool = True
+
+
+class Connection(Viewer, Protocol):
+    """A client's way to a room: a WebRTC call or a WebSocket."""
+
+    controls: bool  # its verbs are obeyed; otherwise it only watches
+
+    def tell(self, event: str) -> None:
+        """Sends an event, in JSON. Must not wait."""
+        ...
+
+    async def hang_up(self, reason: str) -> None: ...
+
+
+class Room:
+    """For the event loop's thread. `stop` ends it; `gone` is set when everything of it has ended."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        session: AvatarSession,
+        encoder: Encoder,
+        config: ServerConfig,
+        metrics: Metrics,
+        *,
+        fps: int,
+        block_seconds: float,
+        level: bool,
+        prompt: str,
+        mode: str,
+        recordings: Path,
+    ) -> None:
+        self.identity, self.session, self.prompt = identity, session, prompt
+        self.connections: list[Connection] = []
+        self.reason: dict[str, str] | None = None
+        self.alone_since: float | None = time.monotonic()
+        self.closed_at: float | None = None
+        self.gone = asyncio.Event()
+        self.calls: dict[str, Any] = {}
+        self.playout = Playout(fps, config.delay, on_underrun=metrics.underruns.inc, on_sent=self._on_sent)
+        self.voice = Voice(
+            session, level=level and identity.level, longest=config.limits.sound_seconds,
+            on_done=lambda: self.tell({"type": "agent.speak_done"}),
+        )  # fmt: skip
+        self._size, self._fps = (encoder.video.height, encoder.video.width), fps
+        self._config, self._metrics, self._folder = config, metrics, recordings
+        self._created = datetime.datetime.now(datetime.UTC)
+        self._started = time.monotonic()
+        self._first_frame_ms: float | None = None
+        self._speaking_until: float | None = None
+        self._sent_at: deque[float] = deque(maxlen=2 * fps)
+        self._broadcast = Broadcast(
+            session, encoder, self.playout, metrics,
+            name=identity.id, block_seconds=block_seconds,
+            on_end=self._ended, on_recording_failed=self._recording_failed,
+        )  # fmt: skip
+        self._playing = asyncio.get_running_loop().create_task(self.playout.run())
+        self.set_mode(mode)
+
+    # ---- who is here ---------------------------------------------------------------------------------------
+
+    def may_control(self, token: str) -> bool:
+        return same(token, self.identity.token)
+
+    def may_watch(self, token: str) -> bool:
+        owner, viewer = same(token, self.identity.token), same(token, self.identity.viewer_token)
+        return owner or viewer
+
+    def check_room_for_more(self) -> None:
+        """Raises ApiError when too many are connected, or nobody can be any more."""
+        self.check_open()
+        calling = sum(call not in self.connections for call in self.calls.values())
+        if len(self.connections) + calling >= self._config.limits.connections:
+            raise ApiError(429, "rate_limited", "Too many connections watch this session.", retry_after=10)
+
+    def check_open(self) -> None:
+        if self.reason is not None:
+            raise ApiError(404, "not_found", f"The session has ended. {self.reason['message']}")
+
+    def join(self, connection: Connection) -> None:
+        self.connections.append(connection)
+        self.playout.viewers.append(connection)
+        self.alone_since = None
+        self._broadcast.force_keyframe()
+        connection.tell(json.dumps({"type": "session.state", "session": self.about()}))
+        self.tell_state()
+
+    def leave(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.playout.viewers.remove(connection)
+            if connection.controls:
+                self.voice.microphone_stopped()
+            if not self.connections:
+                self.alone_since = time.monotonic()
+            self.tell_state()
+
+    # ---- what is said --------------------------------------------------------------------------------------
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event for everybody."""
+        text = json.dumps(event)
+        for connection in list(self.connections):
+            connection.tell(text)
+
+    def tell_state(self) -> None:
+        self.tell({"type": "session.state", "session": self.about()})
+
+    def tell_stats(self) -> None:
+        level = self.voice.microphone_level
+        loudness = None if level.level_db is None else round(level.level_db, 1)
+        microphone = {"level_db": loudness, "gain_db": round(level.gain_db, 1), "open": level.open}
+        about = self.about()
+        shared = {
+            name: about[name]
+            for name in ("stats", "speaking", "queued_ms", "clients", "viewers", "recording")
+        }
+        self.tell({"type": "stats", **shared, "microphone": microphone})
+
+    @property
+    def state(self) -> str:
+        if self.reason is not None:
+            return "closed"
+        return "live" if self.connections else "waiting"
+
+    def about(self) -> dict[str, Any]:
+        """The session as clients see it."""
+        about = {
+            "id": self.identity.id,
+            "state": self.state,
+            "created": self._created.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "seconds": round((self.closed_at or time.monotonic()) - self._started, 1),
+            "face": self.identity.face,
+            "prompt": self.prompt,
+            "mode": "echo" if self.voice.echo else "silent",
+            "clients": sum(connection.controls for connection in self.connections),
+            "viewers": sum(not connection.controls for connection in self.connections),
+            "speaking": self._speaking_until is not None,
+            "queued_ms": round(1e3 * self.voice.queued),
+            "recording": self.recording.about()
+            if self.recording
+            else {"state": "off", "seconds": 0.0, "bytes": 0},
+            "stats": self._stats(),
+        }
+        return about if self.reason is None else about | {"reason": self.reason}
+
+    def _stats(self) -> dict[str, Any]:
+        stats, sent = self.session.stats, self._sent_at
+        fps = (len(sent) - 1) / (sent[-1] - sent[0]) if len(sent) > 1 and sent[-1] > sent[0] else 0.0
+        factor = self._broadcast.real_time_factor
+        return {
+            "fps": round(fps, 1),
+            "first_frame_ms": self._first_frame_ms,
+            "silence_to_speech_ms": self._broadcast.silence_to_speech_ms,
+            "parts_ms": self._broadcast.parts_ms,
+            "block_ms": self._broadcast.block_ms,
+            "real_time_factor": None if factor is None else round(factor, 3),
+            "held": stats.held,
+            "underruns": self.playout.underruns,
+            "speech_gaps": stats.underruns,
+            "dropped_frames": stats.dropped_frames,
+            "bytes": self._broadcast.bytes,
+        }
+
+    def _on_sent(self, sent: Sent) -> None:
+        if sent.moment is None:
+            return
+        now = time.monotonic()
+        self._metrics.frames.inc()
+        self._sent_at.append(now)
+        if self._first_frame_ms is None:
+            self._first_frame_ms = round(1e3 * (now - self.session.stats.opened), 1)
+        if sent.moment.loud:
+            if self._speaking_until is None:
+                self.tell({"type": "agent.speech_started", "time": round(sent.time, 3)})
+            self._speaking_until = sent.time + SPEECH_ENDS
+        elif self._speaking_until is not None and sent.time > self._speaking_until:
+            self._speaking_until = None
+            self.tell({"type": "agent.speech_ended", "time": round(sent.time, 3)})
+
+    # ---- what can be asked ---------------------------------------------------------------------------------
+
+    def set_prompt(self, prompt: object) -> None:
+        if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= self._config.limits.prompt_chars:
+            most = self._config.limits.prompt_chars
+            raise ApiError(422, "invalid", f"prompt: give 1 to {most} characters")
+        self.session.set_prompt(prompt)
+        self.prompt, self.voice.active = prompt, time.monotonic()
+        self.tell({"type": "prompt.updated", "prompt": prompt})
+
+    def set_mode(self, mode: object) -> None:
+        if mode not in MODES:
+            raise ApiError(422, "invalid", f"mode: one of {', '.join(MODES)}")
+        self.voice.echo = mode == "echo"
+
+    def interrupt(self) -> None:
+        self.voice.interrupt()
+        self.tell({"type": "agent.interrupted"})
+
+    # ---- recording -----------------------------------------------------------------------------------------
+
+    @property
+    def recording(self) -> Recording | None:
+        return self._broadcast.recording
+
+    def record(self) -> Recording:
+        """Begins a new file. Raises ApiError while one is being written."""
+        self.check_open()
+        if self.recording is not None and self.recording.state == "on":
+            raise ApiError(409, "conflict", "The session is being recorded already.")
+        limits = self._config.limits
+        self._broadcast.recording = Recording(
+            self._folder / f"{self.identity.id}.mp4",
+            size=self._size, fps=self._fps, seconds=limits.recording_seconds, nbytes=limits.recording_bytes,
+        )  # fmt: skip
+        self._broadcast.force_keyframe()
+        self.tell({"type": "recording.started"})
+        return self._broadcast.recording
+
+    async def stop_recording(self) -> Recording:
+        recording = self.recording
+        if recording is None:
+            raise ApiError(404, "not_found", "There is no recording of this session.")
+        was_on = recording.state == "on"
+        await asyncio.to_thread(recording.close)
+        if was_on:
+            self.tell({"type": "recording.stopped", "recording": recording.about()})
+        return recording
+
+    def _recording_failed(self, message: str) -> None:
+        log.warning("recording failed: %s", message, extra={"session": self.identity.id})
+        self.tell({"type": "recording.failed", "error": {"code": "not_available", "message": message}})
+
+    # ---- the end -------------------------------------------------------------------------------------------
+
+    def _ended(self) -> None:
+        """The session itself is over: it failed, or the host was closed."""
+        if self.reason is None:
+            log.warning("session failed: %s", self.session.reason, extra={"session": self.identity.id})
+            self._closing = asyncio.get_running_loop().create_task(self.stop("failed"))
+
+    async def stop(self, code: str) -> None:
+        """Tells everybody, closes the recording and all connections. A second call waits for the first."""
+        if self.reason is not None:
+            await self.gone.wait()
+            return
+        self.reason = {"code": code, "message": REASONS[code]}
+        self.closed_at = time.monotonic()
+        self._metrics.closed.labels(code).inc()
+        log.info("session closed", extra={"session": self.identity.id, "reason": code})
+        try:
+            self.tell({"type": "session.closed", "reason": self.reason})
+            self.session.close(code)
+            self.voice.stop()
+            await asyncio.to_thread(self._broadcast.join)
+            if self.recording is not None:
+                await asyncio.to_thread(self.recording.close)
+            await asyncio.sleep(0.05)  # last words are on their way
+            for connection in {*self.connections, *self.calls.values()}:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(connection.hang_up(code), 2.0)
+            self._playing.cancel()
+        finally:
+            self.gone.set()
+
+    def forget(self) -> None:
+        """Removes its recording."""
+        if self.recording is not None:
+            self.recording.path.unlink(missing_ok=True)
