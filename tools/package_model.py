@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
 from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.data.shards import read_dataset
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
@@ -49,11 +50,11 @@ def package(arguments: Arguments) -> Path:
     run = json.loads(path.read_text())
     data = config_from_dict(LatentsConfig, run["data"])
     dit_config = config_from_dict(DiTConfig, run["model"])
-    statistics = json.loads((Path(data.folder) / "statistics.json").read_text())
+    statistics = read_dataset(data.folder)
 
     vae_config, vae = load_vae(arguments.vae)
     vae_config = dataclasses.replace(
-        vae_config, latent_mean=tuple(statistics["mean"]), latent_std=tuple(statistics["std"])
+        vae_config, latent_mean=statistics.mean, latent_std=statistics.std
     )
     _, merge = split_model(jax.eval_shape(lambda: CausalDiT(dit_config, rngs=nnx.Rngs(0))))
     dit = merge({name: jnp.asarray(value) for name, value in read_average(Path(arguments.dit)).items()})

@@ -15,7 +15,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 from array_record.python import array_record_module
 
-from lavatar_jax.data.records import encode_record, shapes
+from lavatar_jax.data.records import Record, decode_record, encode_record, shapes
 from lavatar_jax.errors import UserError
 
 OPTIONS = "group_size:1"
@@ -81,6 +81,20 @@ def read_manifest(folder: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is damaged; prepare the data again") from None
     return rows
+
+
+def stored_records(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """The records of lines of a manifest, one after the other. Raises UserError where one is damaged."""
+    path, reader = None, None
+    try:
+        for row in rows:
+            if path != Path(folder) / row["shard"]:
+                path = Path(folder) / row["shard"]
+                reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            assert reader is not None
+            yield decode_record(reader.read([row["offset"]])[0])
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the data again") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,12 +13,12 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from lavatar_jax.data.faces import Identity, Motion, draw_identity, neutral_motion, render
+from lavatar_jax.data.faces import Identity, Motion, draw_identity, render
 from lavatar_jax.data.motion import MANNERS, Manner, mouth_from_speech, talking_motion
+from lavatar_jax.data.references import portrait_pose
 from lavatar_jax.data.speech import read_wav
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.logmel import LogMelConfig, log_mel
@@ -87,17 +87,6 @@ def _draw(index: int, split: str) -> Identity:
     return draw_identity(index, split)
 
 
-def reference_motion(random: np.random.Generator) -> Motion:
-    """The pose of a portrait photo [1]: nearly neutral, looking at the viewer."""
-    neutral = neutral_motion(1)
-    x, y, roll, smile = random.uniform(-1.0, 1.0, (4, 1)).astype(np.float32)
-    return dataclasses.replace(
-        neutral,
-        head_x=jnp.asarray(0.02 * x), head_y=jnp.asarray(0.01 * y), roll=jnp.asarray(0.03 * roll),
-        smile=jnp.asarray(0.15 + 0.15 * smile),
-    )  # fmt: skip
-
-
 def sample_clip(
     index: int,
     frames: int,
@@ -138,7 +127,7 @@ def sample_clip(
     step = mel.samples_per_frame
     return Clip(
         video=np.asarray(_render(identity, motion, size)),
-        reference=np.asarray(_render(identity, reference_motion(random), size))[0],
+        reference=np.asarray(_render(identity, portrait_pose(random), size))[0],
         audio=recording.audio[:, :, start + 1 : stop],
         samples=recording.samples[(start + 1) * step : stop * step],
         motion=motion,

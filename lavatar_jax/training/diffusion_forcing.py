@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig
+from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.dit_forward import block_causal_mask, train_forward, train_rope
-from lavatar_jax.training.latents import LatentsConfig, LatentSource, latent_batches, prepare_latents
+from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
@@ -87,7 +88,7 @@ def drop(key: Array, condition: Array, share: float) -> Array:
 
 
 def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int]) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `latent_batches`.
+    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches`.
 
     `latent_size`: latent frames, rows and columns of a clip. Flow-matching loss on all blocks at once.
     """
@@ -139,9 +140,9 @@ def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple
 def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     prepare_latents(config.data)
-    source = LatentSource(config.data)
-    batches = latent_batches(source, batch=config.train.batch, seed=config.train.seed)
-    latent_size = source.arrays["latent"].shape[1:4]
+    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
+    batches = record_batches(source, batch=config.train.batch, seed=config.train.seed)
+    latent_size = source.buckets[0].latent_size
     params, merge = split_model(CausalDiT(config.model, rngs=nnx.Rngs(config.train.seed)))
     if config.init:
         params = {name: jnp.asarray(value) for name, value in read_average(Path(config.init)).items()}

@@ -1,15 +1,17 @@
-"""What stage 1 trains on: clips of talking faces, encoded once by the VAE and kept on disk."""
+"""What stage 1 trains on: clips of talking faces, encoded once by the VAE and kept as records.
+
+The faces are endless and deterministic by index, so a folder is extended by asking for more clips.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,21 +22,22 @@ from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.faces import Identity, Motion, attention_map
-from lavatar_jax.data.motion import MANNERS
+from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.records import Record
+from lavatar_jax.data.references import snapshot
+from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_records
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
-from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.models.vae import CausalVAE, make_vae
-from lavatar_jax.models.words import encode_words
 from lavatar_jax.training.state import split_model
 
-FILES = ("latent", "photo", "spread", "audio", "mouth", "manner")
-SAVE_EVERY = 20  # clips
+STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel
+SHARD_CLIPS = 50  # what a kill may cost: some 20 s of work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsConfig:
-    """Encoded clips. Every clip shows another person; `blocks` of 12 video frames follow its first frame.
+    """Encoded clips. Every clip shows another person; `blocks` of 12 video frames follow its context.
 
     `text_len` and `text_dim` must be those of the DiT's configuration.
     """
@@ -44,13 +47,16 @@ class LatentsConfig:
     speech: str = "runs/speech"  # recordings, written by lavatar_jax.data.speech.write_corpus
     clips: int = 1600
     blocks: int = 4
+    motion_frames: int = 9  # 1 + 4k video frames before the clip; the causal VAE's context in any case
     size: int = 128  # pixels
+    other_pose: float = 0.5  # share of references in any pose, not a portrait's
+    other_scene: float = 0.0  # share of those in another room and light too
     text_len: int = 16
     text_dim: int = 64
 
     @property
     def video_frames(self) -> int:
-        return 1 + 12 * self.blocks
+        return self.motion_frames + 12 * self.blocks
 
 
 def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
@@ -63,127 +69,114 @@ def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
     return config, merge({name: jnp.asarray(value) for name, value in read_average(Path(run)).items()})
 
 
-def latent_statistics(folder: str | Path, clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel of the first `clips` encoded clips.
+def latent_statistics(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel of the latents of records that have a `spread`.
 
     The deviation includes the encoder's own uncertainty, so that a channel that carries nothing is not blown
-    up to unit variance.
+    up to unit variance. Raises UserError where there are no records.
     """
-    latent = np.load(Path(folder) / "latent.npy", mmap_mode="r")[:clips].astype(np.float64)
-    spread = np.load(Path(folder) / "spread.npy", mmap_mode="r")[:clips].astype(np.float64)
-    axes = tuple(range(latent.ndim - 1))
-    return latent.mean(axis=axes), np.sqrt(latent.var(axis=axes) + np.square(spread).mean(axis=0))
+    count, total, squares, spreads = 0, 0.0, 0.0, []
+    for record in records:
+        latent = np.asarray(record["latent"], np.float64)
+        latent = latent.reshape(-1, latent.shape[-1])
+        count += len(latent)
+        total, squares = total + latent.sum(axis=0), squares + np.square(latent).sum(axis=0)
+        spreads.append(np.asarray(record["spread"], np.float64))
+    if not count:
+        raise UserError("there are no encoded clips to take statistics of; ask for at least one clip")
+    mean = np.asarray(total / count)
+    return mean, np.sqrt(squares / count - np.square(mean) + np.square(spreads).mean(axis=0))
 
 
-def make_encoder(vae: CausalVAE) -> Callable[[Clip], dict[str, np.ndarray]]:
-    """From a clip to the arrays that are kept of it (one row each of those that `prepare_latents` names)."""
+def make_encoder(
+    vae: CausalVAE, motion_frames: int
+) -> Callable[[Clip, np.ndarray], dict[str, np.ndarray | str]]:
+    """From a clip and a picture of the person to a record (`data.records`) with all that is known of it.
+
+    The latents of the first `motion_frames` video frames are the record's motion, not part of the clip.
+    """
+    motion_latents = (motion_frames - 1) // 4 + 1
 
     @jax.jit
     def encode(video: jax.Array, photo: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         mean, log_variance = vae.encode_distribution(video[None])
         photo_mean, _ = vae.encode_distribution(photo[None, None])
-        return mean[0, 1:], photo_mean[0], jnp.exp(0.5 * log_variance).mean(axis=(0, 1, 2, 3))
+        return mean[0], photo_mean[0], jnp.exp(0.5 * log_variance).mean(axis=(0, 1, 2, 3))
 
     @functools.partial(jax.jit, static_argnums=2)
-    def mouth_map(identity: Identity, motion: Motion, cells: int) -> jax.Array:
-        fine = attention_map(identity, motion, 4 * cells, mouth_weight=2.0, eye_weight=1.0)[..., 0] - 1.0
+    def close_look(identity: Identity, motion: Motion, cells: int) -> jax.Array:
+        # Mouth 1 and eyes 0.6: a blink moves few pixels for 5 frames, and is lost where the loss looks away.
+        fine = attention_map(identity, motion, 4 * cells, mouth_weight=2.0, eye_weight=1.6)[..., 0] - 1.0
         mouth = fine.mean(axis=0).reshape(cells, 4, cells, 4).mean(axis=(1, 3))
         return jnp.round(255 * mouth / jnp.max(mouth))
 
-    def encode_clip(clip: Clip) -> dict[str, np.ndarray]:
-        latent, photo, spread = encode(clip.video, clip.reference)
-        arrays = {
-            "latent": latent,
-            "photo": photo,
-            "spread": spread,
-            "audio": clip.audio,
-            "mouth": mouth_map(clip.identity, clip.motion, latent.shape[1]),
-            "manner": MANNERS.index(clip.manner),
+    def encode_clip(clip: Clip, reference: np.ndarray) -> dict[str, np.ndarray | str]:
+        latent, photo, spread = encode(clip.video, reference)
+        return {
+            "id": f"{clip.split}-{clip.index:07d}",
+            "caption": clip.caption,
+            "latent": np.asarray(latent[motion_latents:], np.float16),
+            "motion": np.asarray(latent[:motion_latents], np.float16),
+            "reference": np.asarray(photo, np.float16),
+            "spread": np.asarray(spread, np.float16),
+            "audio": clip.audio[:, :, motion_frames - 1 :].astype(np.float16),
+            "openness": np.asarray(clip.motion.mouth_open[motion_frames:], np.float16),
+            "mouth": np.asarray(close_look(clip.identity, clip.motion, latent.shape[1]), np.uint8),
         }
-        return {name: np.asarray(value) for name, value in arrays.items()}
 
     return encode_clip
 
 
-def prepare_latents(config: LatentsConfig) -> Path:
-    """Encode what is missing of `config.clips` clips into `config.folder`; may be interrupted and repeated.
+def draw_reference_picture(clip: Clip, config: LatentsConfig) -> np.ndarray:
+    """The portrait of a clip's person, or another picture of them [size, size, 3]; deterministic by index."""
+    random = np.random.default_rng([clip.index, 47])
+    other_pose, other_scene = random.random(2) < (config.other_pose, config.other_scene)
+    if not other_pose:
+        return clip.reference
+    return snapshot(clip.identity, clip.reference.shape[0], random, scene=bool(other_scene))
 
-    Arrays: latent [N, F, h, w, Z] and photo [N, 1, h, w, Z] (raw means, float16), spread [N, Z] (the
-    encoder's own deviation), audio [N, 1, A, 4 F], mouth [N, h, w] in 0..255, manner [N] (index in MANNERS);
-    `statistics.json` at the end. Raises UserError when there is no VAE or no speech.
+
+def prepare_latents(config: LatentsConfig) -> Path:
+    """Encode what is missing of `config.clips` clips into `config.folder`; may be killed and repeated.
+
+    Raises UserError when there is no VAE or no speech, or the folder holds clips of another kind.
     """
+    if config.motion_frames % 4 != 1:
+        raise UserError(f"motion_frames must be 1 + 4k, not {config.motion_frames}: the VAE is causal")
     folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / DATASET).is_file() and read_dataset(folder).records >= config.clips:
+        return folder
     vae_config, vae = load_vae(config.vae)
-    arrays = _open_arrays(config, vae_config)
-    done_file = folder / "done.txt"
-    done = int(done_file.read_text()) if done_file.exists() else 0
-    encode = make_encoder(vae)
-    for index in track(range(done, config.clips), description="encoding clips"):
-        clip = sample_clip(index, config.video_frames, config.size, "train", speech=Path(config.speech))
-        for name, value in encode(clip).items():
-            arrays[name][index] = value
-        if (index + 1) % SAVE_EVERY == 0 or index + 1 == config.clips:
-            for array in arrays.values():
-                array.flush()
-            temporary = done_file.with_suffix(".tmp")
-            temporary.write_text(str(index + 1))
-            os.replace(temporary, done_file)
-    mean, std = latent_statistics(folder, min(config.clips, 400))
-    (folder / "statistics.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+    encode = make_encoder(vae, config.motion_frames)
+    with ShardWriter(folder, shard_records=SHARD_CLIPS) as writer:
+        _check_same_kind(writer, config, vae_config)
+        for index in track(range(len(writer), config.clips), description="encoding clips"):
+            clip = sample_clip(index, config.video_frames, config.size, "train", speech=Path(config.speech))
+            writer.write(
+                encode(clip, draw_reference_picture(clip, config)),
+                w=config.size, h=config.size, fps=25, n_faces=1, licence="rendered",
+            )  # fmt: skip
+        writer.flush()
+        mean, std = latent_statistics(stored_records(folder, writer.rows[:STATISTICS_CLIPS]))
+        encoder = {"source": "rendered faces", "vae": dataclasses.asdict(vae_config), "size": config.size}
+        writer.finish(mean=mean, std=std, encoder=encoder)
     return folder
 
 
-def _open_arrays(config: LatentsConfig, vae: VAEConfig) -> dict[str, np.memmap]:
-    cells, frames = config.size // vae.spatial_factor, 3 * config.blocks
-    shapes = {
-        "latent": ((frames, cells, cells, vae.latent_channels), np.float16),
-        "photo": ((1, cells, cells, vae.latent_channels), np.float16),
-        "spread": ((vae.latent_channels,), np.float16),
-        "audio": ((1, LogMelConfig().dim, 4 * frames), np.float16),
-        "mouth": ((cells, cells), np.uint8),
-        "manner": ((), np.uint8),
-    }
-    arrays: dict[str, np.memmap] = {}
-    for name, (shape, dtype) in shapes.items():
-        path = Path(config.folder) / f"{name}.npy"
-        shape = (config.clips, *shape)
-        found = np.load(path, mmap_mode="r+") if path.exists() else None
-        if found is not None and len(found) >= config.clips and found.shape[1:] == shape[1:]:
-            arrays[name] = found
-        else:
-            (Path(config.folder) / "done.txt").unlink(missing_ok=True)
-            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    return arrays
+def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig) -> None:
+    if not writer.rows:
+        return
+    cells = config.size // vae.spatial_factor
+    wanted = [3 * config.blocks, cells, cells, vae.latent_channels]
+    found: Any = writer.rows[0]["shapes"]
+    if found["latent"] != wanted:
+        raise UserError(
+            f"{writer.folder} has clips of shape {found['latent']}, not {wanted}; choose another folder"
+        )
 
 
-class LatentSource:
-    """Random access to encoded clips (a grain data source); latents are normalised per channel."""
-
-    def __init__(self, config: LatentsConfig):
-        folder = Path(config.folder)
-        if not (folder / "statistics.json").is_file():
-            raise UserError(f"{folder} has no encoded clips: run stage 1's preparation first")
-        statistics = json.loads((folder / "statistics.json").read_text())
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r")[: config.clips] for name in FILES}
-        self.mean, self.std = (np.array(statistics[name], np.float32) for name in ("mean", "std"))
-        self.prompts = [encode_words(manner.caption, config.text_len, config.text_dim) for manner in MANNERS]
-
-    def __len__(self) -> int:
-        return len(self.arrays["latent"])
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        clip = {name: array[index] for name, array in self.arrays.items()}
-        return {
-            "latent": (clip["latent"].astype(np.float32) - self.mean) / self.std,
-            "reference": (clip["photo"].astype(np.float32) - self.mean) / self.std,
-            "audio": clip["audio"].astype(np.float32)[None],  # one speaker
-            "mouth": clip["mouth"].astype(np.float32) / 255,
-            "text": self.prompts[int(clip["manner"])],
-        }
-
-
-def latent_batches(source: LatentSource, *, batch: int, seed: int) -> grain.DatasetIterator:
-    """Endless shuffled batches of the source's clips, as `diffusion_forcing.make_loss` takes them."""
-    clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    return iter(clips.to_iter_dataset().batch(batch))
+def open_latents(config: LatentsConfig, *, skipped_log: str | Path | None = None) -> ShardSource:
+    """The encoded clips as `record_batches` takes them. Raises UserError when there are none."""
+    return ShardSource(
+        config.folder, text_len=config.text_len, text_dim=config.text_dim, skipped_log=skipped_log
+    )

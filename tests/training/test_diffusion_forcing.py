@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import jax
@@ -8,7 +7,9 @@ import pytest
 from flax import nnx
 
 from lavatar_jax.config import DiTConfig
+from lavatar_jax.data.loader import record_batches
 from lavatar_jax.data.motion import MANNERS
+from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.diffusion_forcing import (
@@ -20,7 +21,7 @@ from lavatar_jax.training.diffusion_forcing import (
     make_loss,
     train_dit,
 )
-from lavatar_jax.training.latents import LatentsConfig, LatentSource, latent_batches, latent_statistics
+from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import create_state, make_train_step, split_model
@@ -38,43 +39,46 @@ CLIPS = 6
 def data(tmp_path: Path) -> LatentsConfig:
     """Encoded clips without an encoder: smooth random numbers of the right shapes."""
     folder = tmp_path / "latents"
-    folder.mkdir()
     random = np.random.default_rng(0)
-    photo = 3.0 + 2.0 * random.normal(size=(CLIPS, 1, *SIZE[1:], 4))
-    arrays = {
-        "latent": np.repeat(photo, SIZE[0], axis=1).astype(np.float16),
-        "photo": photo.astype(np.float16),
-        "spread": np.full((CLIPS, 4), 0.1, np.float16),
-        "audio": random.normal(size=(CLIPS, 1, 6, 4 * SIZE[0])).astype(np.float16),
-        "mouth": np.full((CLIPS, *SIZE[1:]), 255, np.uint8),
-        "manner": np.arange(CLIPS).astype(np.uint8) % len(MANNERS),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    mean, std = latent_statistics(folder, CLIPS)
-    (folder / "statistics.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+    with ShardWriter(folder) as writer:
+        for index in range(CLIPS):
+            photo = 3.0 + 2.0 * random.normal(size=(1, *SIZE[1:], 4))
+            writer.write(
+                {
+                    "id": str(index),
+                    "caption": MANNERS[index % len(MANNERS)].caption,
+                    "latent": np.repeat(photo, SIZE[0], axis=0).astype(np.float16),
+                    "reference": photo.astype(np.float16),
+                    "spread": np.full(4, 0.1, np.float16),
+                    "audio": random.normal(size=(1, 6, 4 * SIZE[0])).astype(np.float16),
+                    "mouth": np.full(SIZE[1:], 255, np.uint8),
+                }
+            )
+        writer.flush()
+        mean, std = latent_statistics(stored_records(folder, writer.rows))
+        writer.finish(mean=mean, std=std, encoder={})
     return LatentsConfig(folder=str(folder), clips=CLIPS, text_len=3, text_dim=4)
 
 
 def test_batches_are_normalised_and_of_the_shapes_that_the_loss_takes(data: LatentsConfig):
-    source = LatentSource(data)
+    source = open_latents(data)
     everything = np.stack([source[i]["latent"] for i in range(CLIPS)])
     assert np.abs(everything.mean(axis=(0, 1, 2, 3))).max() < 1e-2
     assert np.abs(everything.std(axis=(0, 1, 2, 3)) - 1).max() < 2e-2
-    batch = next(latent_batches(source, batch=2, seed=0))
+    batch = next(record_batches(source, batch=2, seed=0))
     assert {name: value.shape for name, value in batch.items()} == {
         "latent": (2, 3, 4, 4, 4),
         "reference": (2, 1, 4, 4, 4),
         "audio": (2, 1, 1, 6, 12),
         "mouth": (2, 4, 4),
         "text": (2, 3, 4),
+        "record": (2,),
     }
 
 
-def test_a_channel_without_content_is_not_blown_up(tmp_path: Path):
-    np.save(tmp_path / "latent.npy", np.zeros((2, 3, 4, 4, 1), np.float16))
-    np.save(tmp_path / "spread.npy", np.ones((2, 1), np.float16))
-    assert latent_statistics(tmp_path, 2)[1] == pytest.approx(1.0)
+def test_a_channel_without_content_is_not_blown_up():
+    record = {"latent": np.zeros((3, 4, 4, 1), np.float16), "spread": np.ones(1, np.float16)}
+    assert latent_statistics([record, record])[1] == pytest.approx(1.0)
 
 
 def test_noise_levels_are_of_the_three_kinds():
@@ -100,7 +104,7 @@ def test_the_reference_is_the_photo_or_a_frame_of_the_clip():
 
 
 def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
-    batch = next(latent_batches(LatentSource(data), batch=4, seed=0))
+    batch = next(record_batches(open_latents(data), batch=4, seed=0))
     params, merge = split_model(jax.jit(lambda: CausalDiT(MODEL, rngs=nnx.Rngs(0)))())
     optimizer = make_optimizer(params, stacked=STACKED)
     step = make_train_step(make_loss(merge, MODEL, ForcingConfig(), SIZE), optimizer, 0.9)
@@ -113,8 +117,8 @@ def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
 
 
 def test_missing_latents_are_a_clear_error(tmp_path: Path):
-    with pytest.raises(UserError, match="no encoded clips"):
-        LatentSource(LatentsConfig(folder=str(tmp_path)))
+    with pytest.raises(UserError, match="not a folder of training records"):
+        open_latents(LatentsConfig(folder=str(tmp_path)))
 
 
 def test_training_without_a_vae_is_a_clear_error(tmp_path: Path):
