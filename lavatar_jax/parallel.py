@@ -234,7 +234,32 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
             )
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), (samples, *leaf.shape[1:]))
 
-    return jax.tree.map(put, batch)
+    with jax.transfer_guard_host_to_device("allow"):  # this one is meant
+        return jax.tree.map(put, batch)
+
+
+def put_everywhere(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """A host's number or array on every device of all processes, which must have the same."""
+    everywhere = NamedSharding(mesh, P())
+    with jax.transfer_guard_host_to_device("allow"):  # this one is meant
+        return jax.make_array_from_callback(np.shape(value), everywhere, lambda _: np.asarray(value))
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Arrays where `shardings` (a tree alike) says; what is there already is not touched.
+
+    Of several processes each must have the whole of what is not.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index].copy())
+
+    return jax.tree.map(put, tree, shardings)
 
 
 @contextlib.contextmanager

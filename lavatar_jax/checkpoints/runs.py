@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lavatar_jax.errors import UserError
 
 State = TypeVar("State")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoints stay: the `keep` newest, and the best by a number of the evaluation.
+
+    `best`: its name, as the log has it; None: no evaluation decides.
+    """
+
+    keep: int = 2
+    best: str | None = None
+    best_mode: Literal["min", "max"] = "max"
+    asynchronous: bool = True  # written while training goes on
 
 
 def flatten_names(tree: Any) -> dict[str, Any]:
@@ -22,66 +39,165 @@ def flatten_names(tree: Any) -> dict[str, Any]:
 
 
 class RunCheckpoints:
-    """The two newest checkpoints in a folder, written by orbax to a temporary name first."""
+    """The newest checkpoints in a folder, and the best; orbax writes each to a temporary name first."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+    def __init__(self, folder: Path, config: CheckpointConfig | None = None):
+        self.folder, self.config = folder.absolute(), config or CheckpointConfig()
+        kept: list[Any] = [LatestN(self.config.keep)]
+        if self.config.best is not None:
+            # BestN keeps the last of the sorted ones.
+            better = self.config.best_mode == "max"
+            kept.append(
+                BestN(
+                    get_metric_fn=self._metric,
+                    reverse=not better,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(kept),
+            best_fn=self._metric if self.config.best is not None else None,
+            best_mode=self.config.best_mode,
+            enable_async_checkpointing=self.config.asynchronous,
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def save(self, state: Any, data: dict[str, Any]) -> None:
-        """Write `state` (its `step` names the checkpoint) and the data iterator's state; no-op if present."""
-        step = int(state.step)
+    def _metric(self, metrics: Mapping[str, float]) -> float:
+        worst = -np.inf if self.config.best_mode == "max" else np.inf
+        value = metrics.get(self.config.best or "", worst)
+        return value if np.isfinite(value) else worst
+
+    def save(self, state: Any, data: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Write `state` (its `step` names the checkpoint) and the data iterator's state; no-op if present.
+
+        With several processes all must call it; each keeps its own iterator's state. Returns when the arrays
+        are copied, so that they may be donated. Raises UserError when the best is to be kept by a number that
+        `metrics` lacks.
+        """
+        step = int(jax.device_get(state.step))
         if step in self.manager.all_steps():
             return
-        arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(state).items()}
-        self.manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data))
+        if metrics is not None and self.config.best is not None and self.config.best not in metrics:
+            raise UserError(
+                f"--checkpoint.best {self.config.best}: the evaluation has no such number, "
+                f"only {', '.join(metrics)}"
+            )
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(flatten_names(state)), data=ocp.args.JsonSave(_of_all_processes(data))
         )
+        self.manager.save(step, args=arguments, metrics=dict(metrics) if metrics else None)
 
     def restore(self, state: State) -> tuple[State, dict[str, Any] | None]:
         """The newest checkpoint in the form of `state`, or `state` itself and None when there is none.
 
-        Raises UserError when names or shapes differ from those of `state`.
+        Arrays come back with the shardings of those in `state` (which may be abstract), whatever mesh they
+        were saved from. Raises UserError when names or shapes differ.
         """
         step = self.manager.latest_step()
         if step is None:
             return state, None
-        expected = {name: np.asarray(leaf) for name, leaf in flatten_names(state).items()}
-        found = self.read(step)
+        expected = flatten_names(state)
+        stored = self._stored(step)
         wrong = [
             name
-            for name in sorted(expected.keys() | found.keys())
-            if name not in expected or name not in found or expected[name].shape != found[name].shape
+            for name in sorted(expected.keys() | stored.keys())
+            if name not in expected
+            or name not in stored
+            or tuple(expected[name].shape) != tuple(stored[name].shape)
         ]
         if wrong:
             raise UserError(
                 f"the checkpoint in {self.folder} is of another model ({len(wrong)} differences, first: "
                 f"{wrong[0]}); choose another --out or remove that folder"
             )
-        data = self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            for name, leaf in expected.items()
+        }
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
         structure = jax.tree.structure(state)
-        return jax.tree.unflatten(structure, [jnp.asarray(found[name]) for name in expected]), data
+        leaves = [found["state"][name] for name in expected]
+        return jax.tree.unflatten(structure, leaves), _of_this_process(found["data"])
 
-    def read(self, step: int | None = None) -> dict[str, np.ndarray]:
-        """All arrays of a checkpoint (default: the newest) by name. Raises UserError when there is none."""
+    def _stored(self, step: int) -> dict[str, Any]:
+        return self.manager.item_metadata(step)["state"].tree
+
+    def read(self, step: int | None = None, prefix: str = "", shardings: Any = None) -> dict[str, jax.Array]:
+        """Arrays of a checkpoint (default: the newest) by name, those whose name begins with `prefix`.
+
+        `shardings(name, shape)` places them; None: on one device. Raises UserError when there is none.
+        """
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}: train first, or give the folder of a run")
-        restored = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-        return {name: np.asarray(value) for name, value in restored["state"].items()}
+        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        arguments = {
+            name: ocp.ArrayRestoreArgs(sharding=shardings(name, leaf.shape) if shardings else alone)
+            for name, leaf in self._stored(step).items()
+            if name.startswith(prefix)
+        }
+        folder = self.folder / str(step) / "state"
+        request = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
+        )
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, args=request)
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint that is kept, or None where none was evaluated."""
+        return self.manager.best_step() if self.config.best is not None else None
 
     def close(self) -> None:
+        """Wait for what is being written."""
         self.manager.close()
 
 
-def read_average(run: Path) -> dict[str, np.ndarray]:
-    """The averaged parameters of a run's newest checkpoint, by dotted parameter name."""
+def read_average(
+    run: Path, shardings: Any = None, *, checkpoint: CheckpointConfig | None = None
+) -> dict[str, Any]:
+    """The averaged parameters of a run's newest checkpoint, by dotted parameter name.
+
+    `shardings(name, shape)`: where they go; None: to the host, as numpy arrays. `checkpoint` with `best` set
+    takes the best one instead. Raises UserError for a folder that is no run.
+    """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a training run: it has no checkpoints folder")
-    checkpoints = RunCheckpoints(folder)
-    found = checkpoints.read()
-    checkpoints.close()
+    checkpoints = RunCheckpoints(folder, checkpoint)
     prefix = ".average['"
-    return {name[len(prefix) : -2]: value for name, value in found.items() if name.startswith(prefix)}
+
+    def place(name: str, shape: tuple[int, ...]) -> Any:
+        return shardings(name[len(prefix) : -2], shape)
+
+    found = checkpoints.read(checkpoints.best_step(), prefix, place if shardings else None)
+    checkpoints.close()
+    return {
+        name[len(prefix) : -2]: value if shardings else np.asarray(value) for name, value in found.items()
+    }
+
+
+def _of_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data iterator's state of every process, in their order."""
+    if jax.process_count() == 1:
+        return [data]
+    with jax.transfer_guard("allow"):
+        text = np.frombuffer(json.dumps(data).encode(), np.uint8)
+        sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: len(text)] = text
+        rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _of_this_process(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Its own state; with another number of processes than then, the first one's: all are at one place."""
+    same = len(states) == jax.process_count()
+    return states[jax.process_index() if same else 0]

@@ -62,6 +62,12 @@ def gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
+def find_gpu(kind: str) -> Gpu | None:
+    """The device of a full name, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
+    words = kind.lower().replace("-", " ").split()
+    return next((device for name, device in GPUS.items() if name in words), None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What a program costs beyond its arithmetic at the ceiling.

@@ -1,48 +1,42 @@
-"""The loop of every training stage: schedule, progress, log, checkpoints, exact resume, interruption."""
+"""The loop of every training stage: schedule, checkpoints, exact resume, interruption, bad batches."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lavatar_jax.checkpoints.runs import RunCheckpoints
-from lavatar_jax.training.optim import schedule
+from lavatar_jax.checkpoints.runs import CheckpointConfig, RunCheckpoints
+from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import (
+    MeshConfig,
+    put_batch,
+    put_everywhere,
+    put_tree,
+    sharded_training,
+    state_shardings,
+    train_mesh,
+)
+from lavatar_jax.training.bookkeeping import Bookkeeping, Flight, LoopConfig
+from lavatar_jax.training.distributed import Agreement, ending_together
+from lavatar_jax.training.logs import LogConfig, RunLog
+from lavatar_jax.training.optim import Schedule, schedule
+from lavatar_jax.training.report import SAMPLES
+
+__all__ = ["LoopConfig", "fit"]
 
 State = TypeVar("State")  # a registered dataclass with `step` (int32 []) and `seconds` (float32 [])
 StepFn = Callable[[State, Any, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How long and how fast. With `steps` set the schedule counts steps and a run is exactly repeatable;
-    otherwise it counts `seconds` of training, which suits a shared machine."""
-
-    seconds: float = 1800.0
-    steps: int | None = None
-    learning_rate: float = 2e-3  # peak
-    warmup: float = 0.03  # part of the run
-    weight_decay: float = 0.0
-    ema_decay: float = 0.99
-    batch: int = 8
-    seed: int = 0
-    log_every: int = 20  # steps
-    checkpoint_seconds: float = 180.0
-
-    def progress(self, step: int, seconds: float) -> float:
-        return step / self.steps if self.steps is not None else seconds / self.seconds
 
 
 @contextlib.contextmanager
@@ -74,77 +68,92 @@ def fit(
     config: LoopConfig,
     out: Path,
     *,
+    checkpoint: CheckpointConfig | None = None,
+    log: LogConfig | None = None,
+    optim_schedule: Schedule = "linear",
+    mesh: Mesh | None = None,
     evaluate: Callable[[State], dict[str, float]] | None = None,
+    sample: Callable[[State, Path], None] | None = None,
+    flops: float | None = None,
     stop_at: int | None = None,
 ) -> State:
     """Train until the schedule ends, an interruption, or step `stop_at`; return the last state.
 
-    `step_fn(state, frozen, batch, learning_rate) -> (state, metrics)`, jitted; metrics hold `loss`.
-    `frozen` is a pytree of what is not trained: an argument of the step, no part of checkpoints.
-
     Starts from the newest checkpoint in `out/checkpoints` when there is one, with the data iterator where it
-    was. Writes `out/log.jsonl` (one object every `log_every` steps) and checkpoints at intervals and at the
-    end; `evaluate` runs with each checkpoint and its numbers go to the log.
-    Raises UserError when `out` holds a checkpoint of another model.
+    was, on whatever mesh there is now. Writes logs (`RunLog`), and checkpoints at intervals and at the end.
+
+    Args:
+        step_fn: `(state, frozen, batch, learning_rate) -> (state, metrics)`; metrics are scalars, one is
+            `loss`. It is compiled here, with the state split as `parallel.state_shardings` says and donated.
+        state: a registered dataclass with `step` and `seconds`.
+        frozen: a pytree of what is not trained: an argument of the step, no part of checkpoints.
+        batches: dicts of numpy arrays [B, ...], this process's share; `record` [B] names the samples.
+        mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
+        evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best.
+        sample: writes pictures or videos of a state into a folder, for the report.
+        flops: of a step on all devices, for the MFU.
+
+    Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, and
+    when a bad step is to stop the run.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = RunCheckpoints(out / "checkpoints")
-    state, restored = checkpoints.restore(state)
-    if restored is not None:
-        batches.set_state(restored)
-    step, seconds = int(state.step), float(state.seconds)
+    mesh = train_mesh(MeshConfig(data=1), jax.devices()[:1]) if mesh is None else mesh
+    if config.batch % config.accumulate:
+        raise UserError(f"--train.batch {config.batch} cannot be split into {config.accumulate} equal parts")
+    checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
+    shardings = state_shardings(state, mesh)
+    state, place = checkpoints.restore(put_tree(state, shardings))
+    if place is not None:
+        batches.set_state(place)
+    frozen = put_tree(frozen, state_shardings(frozen, mesh))
+    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    run = Bookkeeping(config, int(state.step), float(state.seconds), flops, mesh)
+    agree = Agreement(mesh)
+    pending: Flight | None = None
 
-    def save(state: State, log: Any) -> None:
-        checkpoints.save(dataclasses.replace(state, seconds=jnp.float32(seconds)), batches.get_state())
-        if evaluate is not None:
-            numbers = {"step": step, "seconds": round(seconds, 1), **evaluate(state)}
-            log.write(json.dumps({"evaluation": numbers}) + "\n")
-            log.flush()
+    def save() -> None:
+        with jax.transfer_guard("allow"), run.paused():
+            whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
+            run.log.saving(run.step, run.done)
+            numbers = evaluate(whole) if evaluate is not None else None
+            if numbers is not None:
+                run.log.evaluation(run.step, run.seconds, numbers)
+            checkpoints.save(whole, batches.get_state(), numbers)
+            if sample is not None:
+                folder = out / SAMPLES / f"{run.step:08d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                sample(whole, folder)
+            run.log.report()
 
-    columns = (
-        TextColumn("step {task.fields[step]}"),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with (
+        ending_together(lambda: run.step),
         interruption() as interrupted,
-        open(out / "log.jsonl", "a") as log,
-        Progress(*columns) as bar,
+        RunLog(out, log or LogConfig()) as run.log,
+        sharded_training(mesh),
+        jax.transfer_guard("disallow"),
     ):
-        task = bar.add_task("", total=1.0, step=step, status="compiling")
-        saved_at, compiled, window = seconds, False, []
-        while (done := config.progress(step, seconds)) < 1.0 and not interrupted.is_set() and step != stop_at:
-            start = time.perf_counter()
-            rate = config.learning_rate * schedule(done, warmup=config.warmup)
-            batch = jax.tree.map(jnp.asarray, next(batches))
-            state, metrics = step_fn(state, frozen, batch, jnp.float32(rate))
-            metrics = jax.device_get(metrics)  # waits for the step
-            elapsed = time.perf_counter() - start
-            step += 1
-            if compiled:  # the first step compiles; its time is not training time
-                seconds += elapsed
-            compiled = True
-            window.append((elapsed, metrics))
-            if step % config.log_every == 0:
-                record = summary(window, config.batch)
-                window = []
-                line = {"step": step, "seconds": round(seconds, 1), "rate": rate, **record}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                status = f"loss {record['loss']:.4f}  {record['samples_per_second']:.1f} samples/s"
-                bar.update(task, completed=done, step=step, status=status)
-            if seconds - saved_at >= config.checkpoint_seconds:
-                save(state, log)
-                saved_at = seconds
-        bar.update(task, completed=config.progress(step, seconds), step=step, status="saving")
-        save(state, log)
-    checkpoints.close()
+        while run.done < 1.0 and not run.stopping and run.step != stop_at:
+            batch = next(batches)
+            rate = config.learning_rate * schedule(run.done, warmup=config.warmup, kind=optim_schedule)
+            run.log.profile(run.step)
+            state, metrics = compiled(
+                state, frozen, put_batch(batch, mesh), put_everywhere(np.float32(rate), mesh)
+            )
+            run.step += 1
+            records = batch.get("record") if isinstance(batch, dict) else None
+            landed, pending = (
+                pending,
+                Flight(run.step, rate, metrics, agree(interrupted.is_set(), run.watch.read()), records),
+            )
+            if landed is not None:  # the one before: the devices have the next to work on meanwhile
+                run.land(landed)
+            if run.checkpoint_due:
+                run.land(pending)
+                pending = None
+                save()
+        if pending is not None:
+            run.land(pending)
+        save()
+        checkpoints.close()
+    if run.bad.should_stop():
+        raise run.bad.error(run.complaint or "")
     return state
-
-
-def summary(window: list[tuple[float, dict[str, np.ndarray]]], batch: int) -> dict[str, float]:
-    """Means of the metrics over the last steps, and the throughput (median, robust to a compiling step)."""
-    means = {name: float(np.mean([metrics[name] for _, metrics in window])) for name in window[0][1]}
-    return {**means, "samples_per_second": batch / float(np.median([elapsed for elapsed, _ in window]))}

@@ -12,10 +12,13 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.parallel import split_samples, state_shardings
+from lavatar_jax.training.bad_steps import Usual, judge
+from lavatar_jax.training.optim import clip_by_norm
 
 Params = dict[str, jax.Array]
 Model = TypeVar("Model")
@@ -30,6 +33,7 @@ class TrainState:
     params: Params
     average: Params  # exponential moving average of params: the weights to evaluate and ship
     optimizer: optax.OptState
+    usual: Usual  # the loss so far, to know a jump when it comes
     step: jax.Array  # int32 []
     seconds: jax.Array  # float32 []
     key: jax.Array  # uint32 key data
@@ -59,51 +63,117 @@ def split_model(model: Model) -> tuple[Params, Merge[Model]]:
     return leaves, merge
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    state = TrainState(
-        params=params,
-        average=params,
-        optimizer=optimizer.init(params),
-        step=jnp.zeros((), jnp.int32),
-        seconds=jnp.zeros((), jnp.float32),
-        key=jax.random.key_data(jax.random.key(seed)),
-    )
-    # Copies, because donated buffers must not be shared; by way of numpy, which has no weak types: with them
-    # the second step would be compiled anew.
-    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, seed: int, *, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first step, split over `mesh` as the rules say (None: on one device).
+
+    Created in place: parameters that are split already are never put together.
+    """
+
+    def create(params: Params) -> TrainState:
+        return TrainState(
+            params=params,
+            average=params,
+            optimizer=optimizer.init(params),
+            usual=Usual.unknown(),
+            step=jnp.zeros((), jnp.int32),
+            seconds=jnp.zeros((), jnp.float32),
+            key=jax.random.key_data(jax.random.key(seed)),
+        )
+
+    def copied(params: Params) -> TrainState:
+        # Copies, because donated buffers must not be shared; and without weak types, with which the second
+        # step would be compiled anew.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), create(params))
+
+    if mesh is None:
+        return copied(params)
+    shardings = state_shardings(jax.eval_shape(create, params), mesh)
+    return jax.jit(copied, out_shardings=shardings)(params)
 
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+Gradients = Callable[[Params, Params, Any, jax.Array], tuple[tuple[jax.Array, Metrics], Params]]
+
+
+def gradients_of(loss_fn: LossFn, accumulate: int = 1) -> Gradients:
+    """`(params, frozen, batch, key) -> ((loss, metrics), gradient)`, in `accumulate` parts.
+
+    Parts run one after the other, so that activations of one are in memory; loss, metrics and gradient are
+    the means. Every part takes every `accumulate`-th sample: each device splits the samples that it has.
+    """
+    whole = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return whole
+
+    def in_parts(
+        params: Params, frozen: Params, batch: Any, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+        parts = jax.tree.map(
+            lambda leaf: jnp.moveaxis(leaf.reshape(-1, accumulate, *leaf.shape[1:]), 1, 0), batch
+        )
+        keys = jax.random.split(key, accumulate)
+
+        def part(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
+            samples, key = inputs
+            samples = jax.tree.map(split_samples, samples)
+            return jax.tree.map(jnp.add, total, whole(params, frozen, samples, key)), None
+
+        shape = jax.eval_shape(whole, params, frozen, jax.tree.map(lambda leaf: leaf[0], parts), keys[0])
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        total, _ = jax.lax.scan(part, zero, (parts, keys))
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+    return in_parts
+
+
+def follow(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """The moving average after a step.
+
+    Its decay is at most `(1 + step) / (10 + step)`, so that it forgets the initial weights quickly.
+    """
+    count = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, p: a + (1.0 - keep) * (p - a), average, params)
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, clip: float = 1.0
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    clip: float = 1.0,
+    *,
+    accumulate: int = 1,
+    spike: float = 0.0,
 ) -> Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]:
     """One optimisation step `(state, frozen, batch, learning_rate) -> (state, metrics)`; donates the state.
 
     `loss_fn(params, frozen, batch, key) -> (loss, metrics)`; `frozen` is what is not trained (`{}`: nothing).
     The optimizer is built for a learning rate of 1, and the rate is an argument, because a schedule in
-    seconds is known to the host only. The average uses `min(ema_decay, (1 + step) / (10 + step))`, so that it
-    forgets the initial weights quickly.
+    seconds is known to the host only. A bad step (`bad_steps.judge`, with `spike`) changes no parameter and
+    has metric `bad` 1: one bad batch must not end a long run.
     """
+    gradients = gradients_of(loss_fn, accumulate)
 
     def step_fn(state: TrainState, frozen: Params, batch: Any, rate: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
-        norm = optax.tree.norm(grads)
-        # A step whose gradient is not finite is skipped: one bad batch must not end a long run.
-        scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1.0, clip / (norm + 1e-9)), 0.0)
-        grads = jax.tree.map(lambda g: jnp.where(scale > 0, g * scale, 0.0), grads)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-        step = state.step.astype(jnp.float32)
-        decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
-        average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), state.average, params)
-        state = dataclasses.replace(
-            state, params=params, average=average, optimizer=opt_state, step=state.step + 1
+        (loss, metrics), gradient = gradients(state.params, frozen, batch, key)
+        norm = optax.tree.norm(gradient)
+        good, usual = judge(state.usual, loss, norm, spike)
+        gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), clip_by_norm(gradient, norm, clip))
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: jnp.where(good, p + rate * u, p), state.params, updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.optimizer)
+        after = dataclasses.replace(
+            state,
+            params=params,
+            average=follow(state.average, params, state.step, ema_decay),
+            optimizer=opt_state,
+            usual=usual,
+            step=state.step + 1,
         )
-        return state, {"loss": loss, "grad_norm": norm, **metrics}
+        return after, {"loss": loss, "grad_norm": norm, "bad": 1.0 - good, **metrics}
 
     return jax.jit(step_fn, donate_argnums=0)

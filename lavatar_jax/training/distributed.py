@@ -1,0 +1,112 @@
+"""Several processes that train one model: joining, agreeing on numbers, and ending when one is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lavatar_jax.errors import UserError
+
+LOST = 3  # exit code of a process that ends because another one did
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Who trains together. Tasks of one SLURM step find each other; others need the first three options.
+
+    `coordinator`: host:port of process 0. `heartbeat`: seconds until a silent process counts as lost.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+    heartbeat: int = 60
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Join the other processes, before anything is computed; a single process needs nothing.
+
+    Raises UserError for options that do not go together, and when the others do not come.
+    """
+    given = (config.coordinator, config.processes, config.process_id)
+    options: dict[str, Any] = {}
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise UserError(
+                "--distributed.coordinator, --distributed.processes and --distributed.process-id go together"
+            )
+        options = {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.processes,
+            "process_id": config.process_id,
+        }
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    try:
+        jax.distributed.initialize(
+            **options,
+            heartbeat_timeout_seconds=config.heartbeat,
+            shutdown_timeout_seconds=config.heartbeat,  # a process that failed must not keep the others
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the other processes did not come together: {_first_line(error)}") from None
+
+
+class Agreement:
+    """Numbers on which all processes must act alike: the largest of each over all of them."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.alone = jax.process_count() == 1
+        self._rows = NamedSharding(mesh, P(mesh.axis_names))  # one for each device
+        self._largest = jax.jit(lambda rows: rows.max(axis=0), out_shardings=NamedSharding(mesh, P()))
+
+    def __call__(self, *values: float) -> Any:
+        """[n] float32, on the devices: to be fetched together with the step's results, not waited for."""
+        row = np.array(values, np.float32)
+        if self.alone:
+            return row
+        local = np.tile(row, (len(self._rows.mesh.local_devices), 1))
+        with jax.transfer_guard_host_to_device("allow"):  # this one is meant
+            rows = jax.make_array_from_process_local_data(self._rows, local)
+        return self._largest(rows)
+
+
+@contextlib.contextmanager
+def ending_together(step: Callable[[], int]) -> Iterator[None]:
+    """If another process is lost inside, say so in one line and end this one with exit code `LOST`.
+
+    At once and without cleaning up, since that would wait for the lost one. Where the devices' library hangs
+    instead of failing, the missing heartbeat ends the process.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, jax.errors.JaxRuntimeError):  # perhaps it is this process that is wrong
+            traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} ends at step {step()}: another process of this run has "
+            f"ended or cannot be reached ({_first_line(error)}). Start the same command again: it goes on "
+            "from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(LOST)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

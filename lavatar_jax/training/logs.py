@@ -1,0 +1,152 @@
+"""What a run tells: a progress bar, `log.jsonl`, TensorBoard, profiles, and `report.html`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lavatar_jax.training.report import write_report
+
+log = logging.getLogger(__name__)
+LOG, REPORT, TENSORBOARD, PROFILE = "log.jsonl", "report.html", "tensorboard", "profile"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """`tensorboard` needs the extra `log`; without it there is none. `profile_steps`: first and last step of
+    a profile that xprof or TensorBoard shows."""
+
+    tensorboard: bool = True
+    report: bool = True
+    profile_steps: tuple[int, int] | None = None
+
+
+class RunLog:
+    """The logs of a run in its folder; written by the first process, silent in the others."""
+
+    def __init__(self, out: Path, config: LogConfig) -> None:
+        self.out, self.config = out, config
+        self.first = jax.process_index() == 0
+        self._profiling = False
+        columns = (
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, disable=not self.first)
+        self._task = self._bar.add_task("", total=1.0, step=0, status="compiling")
+        self._board: Any = None
+
+    def __enter__(self) -> RunLog:
+        if self.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.out / LOG, "a")
+            self._board = _board(self.out / TENSORBOARD) if self.config.tensorboard else None
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._bar.stop()
+        if self._profiling:
+            jax.profiler.stop_trace()
+        if self.first:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+            self.report()
+
+    def steps(self, step: int, done: float, numbers: Mapping[str, float]) -> None:
+        """Means over the latest steps: loss, rate, samples_per_second, mfu ..."""
+        self._write({"step": step, **numbers})
+        self._scalars(step, numbers, "train")
+        mfu = f"  MFU {100 * numbers['mfu']:.1f} %" if "mfu" in numbers else ""
+        speed = f"  {rate:.3g} samples/s" if (rate := numbers.get("samples_per_second")) else ""
+        status = f"loss {numbers['loss']:.4f}{speed}{mfu}"
+        self._bar.update(self._task, completed=done, step=step, status=status)
+
+    def evaluation(self, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
+        self._write({"evaluation": {"step": step, "seconds": round(seconds, 1), **numbers}})
+        self._scalars(step, numbers, "evaluation")
+
+    def bad_step(self, step: int, complaint: str) -> None:
+        self._write({"bad_step": {"step": step, "message": complaint}})
+        if self.first:
+            self._bar.console.print(complaint, highlight=False)
+
+    def saving(self, step: int, done: float) -> None:
+        self._bar.update(self._task, completed=done, step=step, status="saving")
+
+    def profile(self, step: int) -> None:
+        """Called before each step; starts and stops the profile that was asked for."""
+        if self.config.profile_steps is None:
+            return
+        start, last = self.config.profile_steps
+        if step == start and not self._profiling:
+            jax.profiler.start_trace(str(self.out / PROFILE))
+            self._profiling = True
+        elif step > last and self._profiling:
+            jax.profiler.stop_trace()
+            self._profiling = False
+
+    def report(self) -> None:
+        if self.first and self.config.report:
+            write_report(self.out / REPORT, self.out, list(read_log(self.out / LOG)))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self.first:
+            self._file.write(json.dumps(_finite(line)) + "\n")
+            self._file.flush()
+
+    def _scalars(self, step: int, numbers: Mapping[str, float], group: str) -> None:
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log in order. A run that went on from an older checkpoint repeats steps: the later lines
+    count. A line that was cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "step" in line:
+            lines = [old for old in lines if _step(old) < line["step"]]
+        lines.append(line)
+    yield from lines
+
+
+def _step(line: Mapping[str, Any]) -> int:
+    inner = line if "step" in line else next(iter(line.values()))
+    return inner["step"]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
