@@ -14,7 +14,7 @@ from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.serving import routes_info, routes_media, routes_sessions
 from lavatar_jax.serving.config import Limits, ServerConfig
 from lavatar_jax.serving.consent import ConsentLog
-from lavatar_jax.serving.errors import add_error_handlers
+from lavatar_jax.serving.errors import Catch, add_error_handlers
 from lavatar_jax.serving.faces import load_faces
 from lavatar_jax.serving.limits import BodyLimit, Rate, RateLimit
 from lavatar_jax.serving.logs import AccessLog
@@ -68,6 +68,7 @@ def create_app(host: SessionHost, config: ServerConfig) -> FastAPI:
     for routes in (routes_info, routes_sessions, routes_media):
         app.include_router(routes.router)
     # The last one added sees a request first.
+    app.add_middleware(Catch)
     app.add_middleware(BodyLimit, largest=_largest(limits), patience=limits.body_seconds)
     app.add_middleware(RateLimit, rate=Rate(limits.requests_per_second, limits.requests_burst))
     own = {config.host, *config.hosts} | (set(LOOPBACK) if is_loopback(config.host) else set())

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.session_host import Busy
@@ -69,3 +70,27 @@ def add_error_handlers(app: FastAPI) -> None:
 
     for kind in (ApiError, UserError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
+
+
+class Catch:
+    """Turns what no handler foresaw into an answer; how it came about is for the log only."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            told = as_api_error(error)
+            if not begun:
+                await JSONResponse(told.body(), told.status, told.headers())(scope, receive, send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import re
 from pathlib import Path
@@ -46,10 +47,14 @@ def load_faces(folder: Path | None = None) -> dict[str, Face]:
                 f"{folder}: there is no picture in it; give a folder with PNG, JPEG or WebP files"
             )
     faces: dict[str, Face] = {}
-    for path in [*bundled, *own]:
-        face = _load(path)
+    for face in (*map(_load_once, bundled), *map(_load, own)):
         faces.setdefault(face.id, face)
     return faces
+
+
+@functools.cache
+def _load_once(path: Path) -> Face:
+    return _load(path)
 
 
 def _load(path: Path) -> Face:

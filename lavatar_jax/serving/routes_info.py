@@ -33,10 +33,11 @@ async def index() -> Response:
 
 @router.get("/page/{path:path}", include_in_schema=False)
 async def page_file(path: str) -> Response:
-    file = (PAGE / path).resolve()
-    if not file.is_relative_to(PAGE.resolve()) or file.suffix not in PAGE_TYPES or not file.is_file():
+    # Looked up among the files that there are: no path of a client is ever opened.
+    files = {file.relative_to(PAGE).as_posix(): file for file in PAGE.rglob("*") if file.suffix in PAGE_TYPES}
+    if path not in files:
         raise ApiError(404, "not_found", "There is no such file.")
-    return FileResponse(file, headers={"Cache-Control": "no-cache"})
+    return FileResponse(files[path], headers={"Cache-Control": "no-cache"})
 
 
 @router.get("/healthz", tags=["server"], summary="Is the process alive")

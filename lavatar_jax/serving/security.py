@@ -125,7 +125,7 @@ class SameSite:
         if not self._is_ours(_name(f"//{host}")):
             return ApiError(403, "forbidden_origin", "This server is not known under that name.")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             return ApiError(403, "forbidden_origin", "Pages of other sites may not use this server.")
         return None
 

@@ -38,12 +38,13 @@ def decode_picture(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
 
     Raises ApiError 413 and 415.
     """
+    message = f"The picture has more than {max_pixels / 1e6:.0f} million pixels; make it smaller."
+    too_large = ApiError(413, "too_large", message)
     try:
         with warnings.catch_warnings(action="ignore"):
             image: Image.Image = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
             if image.width * image.height > max_pixels:
-                message = f"The picture has more than {max_pixels / 1e6:.0f} million pixels; make it smaller."
-                raise ApiError(413, "too_large", message)
+                raise too_large
             if min(image.size) < SMALLEST:
                 raise ApiError(415, "unsupported_media", "The picture is too small to show a face.")
             image.draft("RGB", (LARGEST_SIDE, LARGEST_SIDE))
@@ -52,6 +53,8 @@ def decode_picture(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
             return to_rgb(image)
     except ApiError:
         raise
+    except Image.DecompressionBombError:
+        raise too_large from None
     except Exception:  # decoders fail on damaged data in every way
         message = "That is no picture, or it is damaged; give a PNG, JPEG or WebP file."
         raise ApiError(415, "unsupported_media", message) from None
