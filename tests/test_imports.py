@@ -19,7 +19,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diffusion": ("config",),
     "models": ("types", "config", "errors", "parallel", "quant", "lora"),
     "data": ("types", "config", "errors", "models.logmel", "models.speech_level", "models.words"),
-    "evaluation": ("types", "config", "errors", "data"),
+    "evaluation": (
+        "types", "config", "errors", "data", "models", "inference.rollout", "inference.talk",
+    ),
     "checkpoints": ("types", "config", "errors", "models", "lora", "quant", "parallel"),
     "inference": (
         "types", "config", "errors", "models", "diffusion", "checkpoints", "parallel", "quant", "lora",

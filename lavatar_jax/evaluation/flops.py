@@ -136,6 +136,29 @@ class StreamShape:
         return 4 * (latent * (1 + c.use_pose) + audio + tables)
 
 
+def clip_flops(config: DiTConfig, frames: int, height: int, width: int, *, motion: bool = False) -> float:
+    """FLOP of one forward of a whole clip with its reference, as in training: every token attends to all.
+
+    `frames`, `height`, `width`: of the latent. Masked products count too: they are computed.
+    """
+    c, d = config, config.width
+    shape = StreamShape(config=config, height=height, width=width, motion=motion)
+    noisy = frames * shape.tokens_per_frame
+    tokens, text, heard = noisy + shape.sink, c.text_len, frames * (c.audio_tokens + 1)
+    layer = 12 * tokens * d**2 + 4 * text * d**2 + 4 * tokens * d * (tokens + text + c.ffn_width)
+    injector = 4 * noisy * d**2 + 4 * heard * d**2 + 4 * noisy * (c.audio_tokens + 1) * d
+    injector += 4 * frames * d**2
+    ends = 2 * (2 * noisy + shape.sink) * c.patch**2 * c.latent_channels * d
+    ends += 2 * text * (c.text_dim * d + d**2) + 2 * (frames + 1) * (c.freq_dim * d + 7 * d**2)
+    return c.layers * layer + len(c.inject_layers) * injector + ends
+
+
+def step_flops(forward: float, *, lora: bool) -> float:
+    """FLOP of a training step on what costs `forward` FLOP: the backward pass takes two products for each one
+    (by input and by weight), or one where the weight is frozen. Recomputation does not count."""
+    return forward * (2 if lora else 3)
+
+
 def _audio_encoder(config: DiTConfig, copies: int) -> float:
     """Convolutions over a block's features and `copies` of the first: local streams and a global one."""
     d, time = config.width, copies + 4 * config.block_frames

@@ -165,3 +165,10 @@ def colour_error(video: Floats, identity: Identity) -> dict[str, Floats]:
             mean = np.einsum("hw,thwc->tc", weights[..., i], video) / weights[..., i].sum()
             result[name] = np.abs(mean - colours[i]).mean(axis=-1).astype(np.float32) * 127.5
     return result
+
+
+def flicker(video: Floats, identity: Identity) -> float:
+    """Mean change of the background from frame to frame, in levels of 255: it never moves, so 0 is true."""
+    weights, _ = colour_cores(identity, video.shape[1])
+    still = np.asarray(weights)[..., COLOUR_REGIONS.index("background")] > 0
+    return float(np.abs(np.diff(np.asarray(video, np.float32)[:, still], axis=0)).mean()) * 127.5

@@ -35,7 +35,8 @@ from lavatar_jax.types import BlockInput, Conditions
 class Block:
     """What one step of the rollout yields.
 
-    `frames` is None until the clip is full (decode="clip"); `rings` live until the next block is asked for.
+    `frames` is None until the clip is full (decode="clip") and without a VAE; `rings` live until the next block
+    is asked for.
     """
 
     index: int
@@ -83,7 +84,7 @@ class Draws:
 
 def rollout(
     dit: CausalDiT,
-    vae: CausalVAE,
+    vae: CausalVAE | None,
     conditions: Conditions,
     blocks: Iterable[BlockInput],
     sampling: SamplingConfig,
@@ -94,7 +95,8 @@ def rollout(
 ) -> Iterator[Block]:
     """Denoise and decode block after block (12 frames each) until `blocks` ends.
 
-    `draws` replaces the random numbers, for comparisons. `on_sink(reference, motion)` is told each sink.
+    Without a VAE nothing is decoded: latents only. `draws` replaces the random numbers, for comparisons.
+    `on_sink(reference, motion)` is told each sink.
     """
     config = dit.config
     batch, _, height, width, channels = conditions.reference.shape
@@ -102,7 +104,7 @@ def rollout(
     motion = conditions.motion if uses_motion(config, sampling) else None
     session = start_session(dit, conditions.text, conditions.actor_mask, sampling=sampling)
     rings = init_rings(config, sampling, batch, height, width, dit.dtype)
-    decoder = _make_decoder(vae, conditions, sampling, overlap=config.motion_frames[0])
+    decoder = None if vae is None else _make_decoder(vae, conditions, sampling, config.motion_frames[0])
 
     def set_sink(rings: Rings, reference: Array, motion: Array | None) -> Rings:
         if not sampling.sink:
@@ -126,11 +128,11 @@ def rollout(
         )
         if index == 0:
             adapted = latent[:, :1]
+        frames = None
         if isinstance(decoder, StreamDecoder):
             frames = decoder(latent)
-        else:
+        elif decoder is not None:
             clip.append(latent)
-            frames = None
             if len(clip) == sampling.clip_blocks:
                 frames = decoder(jnp.concatenate(clip, axis=1))
                 clip.clear()
@@ -140,7 +142,7 @@ def rollout(
 
 
 def _make_decoder(
-    vae: CausalVAE, conditions: Conditions, sampling: SamplingConfig, *, overlap: int
+    vae: CausalVAE, conditions: Conditions, sampling: SamplingConfig, overlap: int
 ) -> StreamDecoder | ClipDecoder:
     if sampling.decode == "stream":
         return StreamDecoder(vae, conditions.still, sampling.drop_first_frames)

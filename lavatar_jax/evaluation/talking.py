@@ -1,0 +1,106 @@
+"""What videos of held-out people show, as numbers by name; see `metrics` for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from lavatar_jax.data.talking_clips import Clip
+from lavatar_jax.evaluation import metrics
+from lavatar_jax.evaluation.probe import FaceProbe
+from lavatar_jax.models.vae import CausalVAE
+
+Floats = NDArray[np.float32]
+Numbers = dict[str, float]
+
+
+def probe_numbers(clips: Sequence[Clip], probes: Sequence[FaceProbe]) -> Numbers:
+    """How well the probe reads the true pictures: what it says of others is worth that much."""
+    return {
+        "probe_openness": _mean(
+            metrics.correlation(probe.measure(clip.video).mouth_open, clip.motion.mouth_open)
+            for clip, probe in zip(clips, probes, strict=True)
+        )
+    }
+
+
+_reconstruct = jax.jit(lambda vae, video: jnp.clip(vae.decode(vae.encode(video)), -1, 1))
+
+
+def vae_numbers(vae: CausalVAE, clips: Sequence[Clip], probes: Sequence[FaceProbe]) -> Numbers:
+    """Encoded and decoded again: PSNR in dB, of all and around the mouth, and what is left of the speech."""
+    psnr, mouth, openness = [], [], []
+    for clip, probe in zip(clips, probes, strict=True):
+        video = np.asarray(_reconstruct(vae, jnp.asarray(clip.video)[None]))[0]
+        box = np.asarray(metrics.mouth_box(clip.identity, clip.motion, video.shape[1]))
+        psnr.append(metrics.psnr(video, clip.video))
+        mouth.append(metrics.psnr(video, clip.video, box))
+        openness.append(metrics.correlation(probe.measure(video).mouth_open, clip.motion.mouth_open))
+    return {"vae_psnr": _mean(psnr), "vae_mouth_psnr": _mean(mouth), "vae_openness": _mean(openness)}
+
+
+def speech_numbers(videos: Sequence[Floats], clips: Sequence[Clip], probes: Sequence[FaceProbe]) -> Numbers:
+    """Lip-sync and liveliness of generated videos, each against its own clip.
+
+    Videos may be shorter than the clips. Video frame j belongs to frame j + 1 of the clip.
+    """
+    readings = [probe.measure(video) for probe, video in zip(probes, videos, strict=True)]
+    lengths = [len(video) for video in videos]
+    opening = [reading.mouth_open for reading in readings]
+    motions = [
+        jax.tree.map(lambda track, n=n: np.asarray(track)[1 : n + 1], clip.motion)
+        for clip, n in zip(clips, lengths, strict=True)
+    ]
+    truth = [motion.mouth_open for motion in motions]
+    correlations = [metrics.correlation(m, t) for m, t in zip(opening, truth, strict=True)]
+    minutes = sum(lengths) / metrics.FRAMES_PER_SECOND / 60
+    manners = [metrics.recognise_manner(reading) for reading in readings]
+    asked = [clip.manner for clip in clips]
+    return {
+        "openness": _mean(correlations),
+        "openness_worst": min(correlations),
+        "lag": metrics.peak_lag(opening, truth),
+        "shuffled": metrics.shuffled_correlation(opening, truth),
+        "openness_variance": _mean(map(np.var, opening)) / _mean(map(np.var, truth)),
+        "sharpness": _mean(
+            metrics.sharpness(video) / metrics.sharpness(clip.video[1 : len(video) + 1])
+            for video, clip in zip(videos, clips, strict=True)
+        ),
+        "head_motion": _mean(map(metrics.head_deviation, readings))
+        / _mean(map(metrics.head_deviation, motions)),
+        "blinks": sum(metrics.count_blinks(reading.blink) for reading in readings) / minutes,
+        "true_blinks": sum(metrics.count_blinks(motion.blink) for motion in motions) / minutes,
+        "smile_as_asked": _mean(m.smile == a.smile for m, a in zip(manners, asked, strict=True)),
+        "head_as_asked": _mean(m.head == a.head for m, a in zip(manners, asked, strict=True)),
+    }
+
+
+def colour_numbers(videos: Sequence[Floats], clips: Sequence[Clip]) -> Numbers:
+    """Colour error of each region, their mean, the worst, and the error against somebody else's colours."""
+    errors = [metrics.colour_error(video, clip.identity) for video, clip in zip(videos, clips, strict=True)]
+    regions = {
+        f"colour_{name}": _mean(error[name].mean() for error in errors if name in error)
+        for name in metrics.COLOUR_REGIONS
+    }
+    wrong = [identity_error(video, clips[index - 1]) for index, video in enumerate(videos)]
+    return {
+        "colour": _mean(regions.values()),
+        "colour_worst": max(regions.values()),
+        **regions,
+        "colour_wrong_person": _mean(wrong),
+        "flicker": _mean(metrics.flicker(v, c.identity) for v, c in zip(videos, clips, strict=True)),
+    }
+
+
+def identity_error(video: Floats, clip: Clip) -> float:
+    """Mean colour error of a video's regions, in levels of 255."""
+    errors = metrics.colour_error(video, clip.identity)
+    return _mean(error.mean() for error in errors.values())
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean([float(value) for value in values]))
