@@ -73,8 +73,9 @@ class DiTConfig:
     use_motion: bool = True  # has a frame packer
     use_pose: bool = True  # has a pose condition encoder
     input_skip: bool = False  # the head adds the noisy latent; for models narrower than a patch (`dit.Head`)
-    # How streaming computes attention: "cudnn" is the flash kernel of NVIDIA GPUs, for 16-bit models.
-    attention: Literal["xla", "cudnn"] = "xla"
+    # How attention is computed: "cudnn" is the flash kernel of NVIDIA GPUs, for 16-bit models; "chunked" (any
+    # device) takes the queries in groups, for training on clips whose logits would not fit.
+    attention: Literal["xla", "cudnn", "chunked"] = "xla"
 
     @property
     def head_dim(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from lavatar_jax.config import DiTConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.layers import Linear, RMSNorm
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "chunked"]
+CHUNK = 512  # queries of a group of "chunked"
 
 
 class KV(NamedTuple):
@@ -78,13 +80,17 @@ def dot_product_attention(
     `mask` [T, S]: True where attention is allowed; it becomes a materialised bias on GPU, so streaming uses
     `length`.
     `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only). Raises UserError for it on
-    other devices.
+    other devices. "chunked" has logits of `CHUNK` queries in memory, and computes them anew for gradients.
     """
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(
             'attention "cudnn" needs an NVIDIA GPU; set dit.attention to "xla" in the model\'s config.json'
         )
     lengths = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
+    if q.dtype == jnp.float64:
+        return _exact(q, k, v, lengths, mask)
+    if implementation == "chunked":
+        return _chunked(q, k, v, lengths, mask)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -93,6 +99,39 @@ def dot_product_attention(
         mask=None if mask is None else mask[None, None],
         implementation=implementation,
     )
+
+
+def _exact(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
+    """In float64, for checks: the softmax of jax.nn is float32 whatever it is given."""
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(q.shape[-1])
+    if lengths is not None:
+        exists = jnp.arange(k.shape[1]) < lengths[:, None]
+        logits = jnp.where(exists[:, None, None], logits, -jnp.inf)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(logits, axis=-1), v)
+
+
+def _chunked(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
+    batch, queries = q.shape[:2]
+    groups = -(-queries // CHUNK)
+    fill = groups * CHUNK - queries  # surplus queries see everything, and are cut off
+
+    def split(x: Array, axis: int, value: float | bool) -> Array:
+        widths = [(0, fill if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths, constant_values=value)
+        x = x.reshape(*x.shape[:axis], groups, CHUNK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def attend(group: tuple[Array, Array | None]) -> Array:
+        q, mask = group
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=lengths, mask=None if mask is None else mask[None, None]
+        )
+
+    y = jax.lax.map(attend, (split(q, 1, 0.0), None if mask is None else split(mask, 0, True)))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, groups * CHUNK, *q.shape[2:])[:, :queries]
 
 
 @jax.tree_util.register_dataclass

@@ -181,19 +181,19 @@ def stream_forward(
 
 
 def block_causal_mask(
-    frames: int, tokens_per_frame: int, cond: int, block_frames: int
-) -> Bool[np.ndarray, "T T"]:
+    frames: int, tokens_per_frame: int, cond: int, block_frames: int, xp: Any = np
+) -> Bool[Any, "T T"]:
     """Who may attend to whom (row: query) in the sequence noisy | reference | motion.
 
     A noisy token sees its own block, earlier blocks and all condition tokens; condition tokens see each
-    other only. The last block may be short.
+    other only. The last block may be short. `xp`: numpy, or jax.numpy to compute it in a program, in which a
+    large mask should not be a constant.
     """
     n = frames * tokens_per_frame
-    block = np.arange(n) // (block_frames * tokens_per_frame)
-    mask = np.zeros((n + cond, n + cond), bool)
-    mask[:n, :n] = block[:, None] >= block[None, :]
-    mask[:, n:] = True
-    return mask
+    place = xp.arange(n + cond)
+    block = place // (block_frames * tokens_per_frame)
+    row, column = place[:, None], place[None, :]
+    return (column >= n) | ((row < n) & (block[:, None] >= block[None, :]))
 
 
 def train_rope(
@@ -318,7 +318,13 @@ def _one_pass(
 
     def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, None]:
         return (
-            dot_product_attention(apply_rope(q, table), apply_rope(kv.k, table), kv.v, mask=mask),
+            dot_product_attention(
+                apply_rope(q, table),
+                apply_rope(kv.k, table),
+                kv.v,
+                mask=mask,
+                implementation=model.config.attention,
+            ),
             state,
             None,
         )

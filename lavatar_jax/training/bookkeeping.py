@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lavatar_jax.evaluation.devices import find_gpu
+from lavatar_jax.models.dit import Remat
 from lavatar_jax.training.bad_steps import BadSteps, Policy
 from lavatar_jax.training.logs import RunLog
 from lavatar_jax.training.precision import Precision
@@ -33,6 +34,8 @@ class LoopConfig:
     batch: int = 8  # samples of a step, on all devices together
     accumulate: int = 1  # parts in which a batch is computed, one after the other
     precision: Precision = "float32"  # of the computation; what is trained is kept in float32
+    remat: Remat = "none"  # what layers compute anew in the backward pass; `models.dit.with_remat`
+    workers: int = 0  # processes that read data
     seed: int = 0
     log_every: int = 20  # steps
     checkpoint_seconds: float = 180.0

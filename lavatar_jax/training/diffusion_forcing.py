@@ -7,22 +7,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
-from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.evaluation.flops import clip_flops, step_flops
+from lavatar_jax.models.dit import CausalDiT, Remat
 from lavatar_jax.models.dit_forward import block_causal_mask, train_forward, train_rope
+from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
-from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import make_optimizer
-from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
-
-STACKED = ("blocks", "injectors")  # modules whose parameters have a leading layer axis
+from lavatar_jax.training.precision import compute_in
+from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
+from lavatar_jax.training.weights import LoraConfig, initial_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,21 @@ class ForcingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTRun:
-    """Everything that `train.py` can set for stage 1."""
+class DiTRun(Run):
+    """Everything that `train.py` can set for stage 1.
+
+    `clip`: latent frames, rows and columns that `--plan` is made for; training takes what the records have.
+    """
 
     out: str = "runs/dit"
-    init: str | None = None  # another DiT run whose averaged weights to start from
     model: DiTConfig
     data: LatentsConfig
     loss: ForcingConfig
-    train: LoopConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    clip: tuple[int, int, int] = (12, 16, 16)
+
+    def make(self, rngs: nnx.Rngs) -> CausalDiT:
+        return CausalDiT(self.model, rngs=rngs)
 
 
 def draw_sigmas(key: Array, batch: int, blocks: int, config: ForcingConfig) -> Float[Array, "B K"]:
@@ -87,7 +93,14 @@ def drop(key: Array, condition: Array, share: float) -> Array:
     return condition * keep.reshape(-1, *(1,) * (condition.ndim - 1))
 
 
-def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int]) -> LossFn:
+def make_loss(
+    merge: Merge[CausalDiT],
+    model: DiTConfig,
+    config: ForcingConfig,
+    latent_size: tuple[int, int, int],
+    *,
+    remat: Remat = "none",
+) -> LossFn:
     """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches`.
 
     `latent_size`: latent frames, rows and columns of a clip. Flow-matching loss on all blocks at once.
@@ -97,10 +110,12 @@ def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple
     tables = [train_rope(model, *latent_size, ref_frame=frame) for frame in range(low, high + 1)]
     ropes = jax.tree.map(lambda *parts: jnp.stack(parts), *tables)
     tokens = (height // model.patch) * (width // model.patch)
-    mask = block_causal_mask(frames, tokens, tokens, model.block_frames)
     noisy = frames * tokens
-    reference_column = np.zeros_like(mask)
-    reference_column[:noisy, noisy:] = True
+
+    def who_sees_whom(no_sink: Array) -> Bool[Array, "T T"]:
+        place = jnp.arange(noisy + tokens)
+        without = (place[:, None] < noisy) & (place[None, :] >= noisy) & no_sink
+        return block_causal_mask(frames, tokens, tokens, model.block_frames, xp=jnp) & ~without
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
@@ -125,7 +140,8 @@ def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple
             ref_B1HWC=draw_reference(keys[6], photo, x0, config),
             rope=rope,
             blockwise_audio=True,
-            mask=jnp.asarray(mask) & ~(no_sink & reference_column),
+            mask=who_sees_whom(no_sink),
+            remat=remat,
         )
         error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]
         mouth = batch["mouth"].astype(jnp.float32)[:, None]  # [B, 1, H, W] in [0, 1]
@@ -139,15 +155,31 @@ def make_loss(merge, model: DiTConfig, config: ForcingConfig, latent_size: tuple
 
 def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
-    prepare_latents(config.data)
+    mesh, train = train_mesh(config.mesh), config.train
+    first_process_only(lambda: prepare_latents(config.data))
     source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
-    batches = record_batches(source, batch=config.train.batch, seed=config.train.seed)
-    latent_size = source.buckets[0].latent_size
-    params, merge = split_model(CausalDiT(config.model, rngs=nnx.Rngs(config.train.seed)))
-    if config.init:
-        params = {name: jnp.asarray(value) for name, value in read_average(Path(config.init)).items()}
-    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=config.train.weight_decay)
-    loss_fn = make_loss(merge, config.model, config.loss, latent_size)
-    step_fn = make_train_step(loss_fn, optimizer, config.train.ema_decay)
-    state = create_state(params, optimizer, config.train.seed)
-    return fit(step_fn, state, {}, batches, config.train, Path(config.out))
+    batches = record_batches(
+        source,
+        batch=train.batch,
+        seed=train.seed,
+        workers=train.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
+    optimizer = make_optimizer(
+        weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
+    )
+    size = source.buckets[0].latent_size
+    merge = compute_in(weights.merge, train.precision)
+    step_fn = make_train_step(
+        make_loss(merge, config.model, config.loss, size, remat=train.remat),
+        optimizer,
+        train.ema_decay,
+        config.optim.clip,
+        accumulate=train.accumulate,
+        spike=train.spike,
+    )
+    state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    flops = train.batch * step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
+    return fit_run(config, step_fn, state, weights.frozen, batches, mesh, flops=flops)

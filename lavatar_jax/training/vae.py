@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpack
 from lavatar_jax.models.vae import CausalVAE, make_vae
-from lavatar_jax.training.loop import LoopConfig, fit
+from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.optim import make_optimizer
-from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step, split_model
+from lavatar_jax.training.precision import compute_in
+from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
+from lavatar_jax.training.weights import initial_weights
 
 # Luminance, red against blue, green against magenta (columns). The last has little of the variance of RGB,
 # and a VAE that starts without it may not find it in a thousand steps: green walls come out grey. So the loss
@@ -38,15 +39,16 @@ class VAELossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAERun:
+class VAERun(Run):
     """Everything that `train.py` can set for stage 0."""
 
     out: str = "runs/vae"
-    init: str | None = None  # another VAE run whose averaged weights to start from
     model: VAEConfig
     data: ClipsConfig
     loss: VAELossConfig
-    train: LoopConfig
+
+    def make(self, rngs: nnx.Rngs) -> CausalVAE:
+        return make_vae(self.model, rngs=rngs)
 
 
 def weighted_mean(error: Float[Array, "B T H W C"], weight: Float[Array, "B T H W 1"]) -> Array:
@@ -75,7 +77,7 @@ def reconstruction_loss(
     return loss, {"l1": pixel, "temporal_l1": later, "colour": colour, "psnr": psnr}
 
 
-def make_loss(merge, config: VAELossConfig) -> LossFn:
+def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
     """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `clip_batches`."""
 
     def loss_fn(
@@ -127,12 +129,22 @@ def gentle_start(params: Params, latent_channels: int, key: Array) -> Params:
 
 def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`."""
-    render_clips(config.data)
-    params, merge = split_model(make_vae(config.model, rngs=nnx.Rngs(config.train.seed)))
-    params = gentle_start(params, config.model.latent_channels, jax.random.key(config.train.seed))
-    if config.init:
-        params = {name: jnp.asarray(value) for name, value in read_average(Path(config.init)).items()}
-    optimizer = make_optimizer(params, weight_decay=config.train.weight_decay)
-    step_fn = make_train_step(make_loss(merge, config.loss), optimizer, config.train.ema_decay)
-    state = create_state(params, optimizer, config.train.seed)
-    return fit(step_fn, state, {}, clip_batches(config.data), config.train, Path(config.out), stop_at=stop_at)
+    mesh, train = train_mesh(config.mesh), config.train
+    first_process_only(lambda: render_clips(config.data))
+
+    def adjust(params: Params) -> Params:
+        return gentle_start(params, config.model.latent_channels, jax.random.key(train.seed))
+
+    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adjust=adjust)
+    optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
+    step_fn = make_train_step(
+        make_loss(compute_in(weights.merge, train.precision), config.loss),
+        optimizer,
+        train.ema_decay,
+        config.optim.clip,
+        accumulate=train.accumulate,
+        spike=train.spike,
+    )
+    state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    batches = clip_batches(config.data)
+    return fit_run(config, step_fn, state, weights.frozen, batches, mesh, stop_at=stop_at)

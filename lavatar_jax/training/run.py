@@ -1,0 +1,68 @@
+"""What the runs of all stages have in common, besides model, data and loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.parallel import MeshConfig
+from lavatar_jax.training.distributed import DistributedConfig
+from lavatar_jax.training.logs import LogConfig
+from lavatar_jax.training.loop import LoopConfig, State, StepFn, fit
+from lavatar_jax.training.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """`out`: the folder of checkpoints and logs; a run that is there already goes on. `init`: where weights
+    come from: another run (its averages), or a model folder; None: random ones."""
+
+    out: str
+    init: str | None = None
+    train: LoopConfig
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def fit_run(
+    run: Run,
+    step_fn: StepFn[State],
+    state: State,
+    frozen: Any,
+    batches: grain.DatasetIterator,
+    mesh: Mesh,
+    **options: Any,
+) -> State:
+    """`loop.fit` with the settings of a run; `options` are its other arguments."""
+    return fit(
+        step_fn,
+        state,
+        frozen,
+        batches,
+        run.train,
+        Path(run.out),
+        checkpoint=run.checkpoint,
+        log=run.log,
+        optim_schedule=run.optim.schedule,
+        mesh=mesh,
+        **options,
+    )
+
+
+def first_process_only(prepare: Callable[[], Any]) -> None:
+    """Prepare files that all processes will read; the others wait."""
+    if jax.process_index() == 0:
+        prepare()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared")

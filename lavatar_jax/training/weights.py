@@ -1,0 +1,156 @@
+"""The weights that a run starts from: random, of another run, of a model folder; all trained, or adapters.
+
+Abstract first, then where each parameter lives, then its numbers: no device ever holds the whole of a model
+that is split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from lavatar_jax import lora
+from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.checkpoints.orbax_store import restore_component
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.store import DIT, is_converted, load_params, model_folder
+from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import put_tree, state_shardings
+from lavatar_jax.training.precision import Precision, dtype_of
+from lavatar_jax.training.state import Merge, Params, split_model
+
+Model = TypeVar("Model")
+Make = Callable[[nnx.Rngs], Model]
+_ADAPTER = re.compile(r".*\.weight\.[ab]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters and nothing else; rank 0: train all parameters.
+
+    `targets`: dotted paths of the weights, a regular expression. `base`: dtype that the others are kept in,
+    where the model does not need float32. `init`: another run, whose adapters to start from.
+    """
+
+    rank: int = 0
+    alpha: float = 64.0
+    targets: str = lora.TARGETS
+    base: Precision = "bfloat16"
+    init: str | None = None
+
+
+class Weights(NamedTuple, Generic[Model]):
+    """What is trained, what is not, by dotted name, and how both make a model."""
+
+    params: Params
+    frozen: Params
+    merge: Merge[Model]
+
+
+def abstract_weights(make: Make[Model], adapters: LoraConfig | None = None, seed: int = 0) -> Weights[Model]:
+    """Shapes and dtypes only: nothing is computed."""
+    adapters = adapters or LoraConfig()
+    leaves, merge = split_model(jax.eval_shape(_builder(make, adapters, seed)))
+    trained = {name for name in leaves if not adapters.rank or _ADAPTER.fullmatch(name)}
+    params = {name: leaf for name, leaf in leaves.items() if name in trained}
+    frozen = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(_plain(name), adapters.base))
+        for name, leaf in leaves.items()
+        if name not in trained
+    }
+    return Weights(params, frozen, merge)
+
+
+def initial_weights(
+    make: Make[Model],
+    mesh: Mesh,
+    *,
+    init: str | None,
+    seed: int,
+    adapters: LoraConfig | None = None,
+    adjust: Callable[[Params], Params] | None = None,
+) -> Weights[Model]:
+    """The weights of a run before its first step, split over `mesh` as `parallel.param_spec` says.
+
+    `make` builds a model with random weights, which `adjust` may change; `init` as in `run.Run`.
+    Raises UserError when `init` is nothing to start from, or of another model.
+    """
+    adapters = adapters or LoraConfig()
+    abstract = abstract_weights(make, adapters, seed)
+    wanted = {**abstract.frozen, **abstract.params}
+    shardings = state_shardings(wanted, mesh)
+    found: Params = {}
+    if init is not None:
+        base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
+        stored = _read(init, base, {_plain(name): place for name, place in shardings.items()}, make)
+        found = {name: stored[_plain(name)] for name in wanted if _plain(name) in stored}
+    if adapters.init is not None:
+        found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
+    build = _builder(make, adapters, seed)
+
+    def settle(found: Params) -> Params:
+        fresh = {} if len(found) == len(wanted) else param_paths(build())
+        if fresh and adjust is not None:
+            fresh = adjust(fresh)
+        return {name: found.get(name, fresh.get(name)).astype(leaf.dtype) for name, leaf in wanted.items()}
+
+    found = put_tree(found, {name: shardings[name] for name in found})
+    values = jax.jit(settle, out_shardings=shardings)(found)
+    params = {name: values[name] for name in abstract.params}
+    return Weights(params, {name: values[name] for name in abstract.frozen}, abstract.merge)
+
+
+def _builder(make: Make[Model], adapters: LoraConfig, seed: int) -> Callable[[], Model]:
+    def build() -> Model:
+        model = make(nnx.Rngs(seed))
+        if not adapters.rank:
+            return model
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return lora.add_adapters(
+            model, key, rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets
+        )
+
+    return build
+
+
+def _plain(name: str) -> str:
+    """The name that a weight has in a model without adapters."""
+    return name.removesuffix(".base")
+
+
+def _read(init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any]) -> Params:
+    if (Path(init) / "checkpoints").is_dir():
+        found = read_average(Path(init), lambda name, shape: shardings.get(name, _anywhere(shardings)))
+        return _checked(init, found, param_paths(base))
+    folder = model_folder(init)
+    if not is_converted(folder):
+        return param_paths(load_params(folder / DIT, lambda: make(nnx.Rngs(0))))
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return shardings.get(path, _anywhere(shardings))
+
+    return param_paths(lora.merge(restore_component(folder, "dit", base, place)))
+
+
+def _anywhere(shardings: dict[str, NamedSharding]) -> NamedSharding:
+    """For parts that belong to no parameter alone: on every device."""
+    return NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())
+
+
+def _checked(source: str, found: Params, wanted: dict[str, Any]) -> Params:
+    wrong = sorted(found.keys() ^ wanted.keys())
+    wrong += [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
+    if wrong:
+        raise UserError(
+            f"{source} holds weights of another model ({len(wrong)} differences, first: {wrong[0]}): give a "
+            "run of the same --model"
+        )
+    return {name: jnp.asarray(value) for name, value in found.items()}
