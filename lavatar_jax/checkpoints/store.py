@@ -28,7 +28,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.umt5 import UMT5Encoder
-from lavatar_jax.models.vae import make_vae
+from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.models.wav2vec2 import Wav2Vec2
 
 CONFIG, DIT, VAE = "config.json", "dit.safetensors", "vae.safetensors"
@@ -202,14 +202,22 @@ def load_model_folder(name: str | Path, dtype: Any = None) -> Avatar:
     config = load_config(folder)
     if is_converted(folder):
         dit = _restore_part(folder, "dit", lambda: CausalDiT(config.dit, rngs=nnx.Rngs(0)), dtype)
-        vae = _restore_part(folder, "vae", lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype)
     else:
         dit = load_params(folder / DIT, lambda: CausalDiT(config.dit, rngs=nnx.Rngs(0)), dtype or jnp.float32)
-        vae = load_params(folder / VAE, lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype or jnp.float32)
-    speech = None
-    if (heard := config.speech) is not None:
-        speech = _restore_part(folder, "speech", lambda: Wav2Vec2(heard, rngs=nnx.Rngs(0)), dtype)
+    vae, speech = load_encoders(folder, config, dtype)
     return Avatar(config=config, dit=dit, vae=vae, speech=speech)
+
+
+def load_encoders(folder: Path, config: AvatarConfig, dtype: Any = None) -> tuple[CausalVAE, Wav2Vec2 | None]:
+    """The VAE and, where the model has one, the speech encoder of a model folder: all that preparing data
+    needs. Raises UserError if one is damaged."""
+    if is_converted(folder):
+        vae = _restore_part(folder, "vae", lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype)
+    else:
+        vae = load_params(folder / VAE, lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype or jnp.float32)
+    if (heard := config.speech) is None:
+        return vae, None
+    return vae, _restore_part(folder, "speech", lambda: Wav2Vec2(heard, rngs=nnx.Rngs(0)), dtype)
 
 
 def load_text_encoder(folder: Path, config: AvatarConfig) -> UMT5Encoder:

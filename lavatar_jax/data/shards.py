@@ -146,6 +146,11 @@ class ShardWriter:
         return len(self.rows) + len(self._open_rows)
 
     @property
+    def unsaved(self) -> int:
+        """Records that a kill would lose."""
+        return len(self._open_rows)
+
+    @property
     def _shard(self) -> Path:
         return self.folder / f"shard-{self._number:05d}.array_record"
 

@@ -1,0 +1,323 @@
+"""Videos made here, good and broken ones, through the whole preparation; mostly with a toy VAE."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavatar_jax.cli import run
+from lavatar_jax.data.clip_filters import FilterConfig
+from lavatar_jax.data.face_boxes import load_detector
+from lavatar_jax.data.faces import draw_identity, render
+from lavatar_jax.data.loader import ShardSource, record_batches
+from lavatar_jax.data.motion import Manner, talking_motion
+from lavatar_jax.data.shards import read_manifest
+from lavatar_jax.errors import UserError
+from tools import prepare_data, real_encode
+from tools.real_clips import Source, find_sources
+from tools.real_encode import ClipEncoder
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMES, SIZE = 64, 256
+SPEAKERS = (1, 4)  # identities whose faces OpenCV finds
+OPTIONS = (
+    "--workers", "0", "--blocks", "1", "--motion-frames", "5",
+    "--filters.seconds", "2", "30", "--filters.reference-gap", "0.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faces() -> list[np.ndarray]:
+    """Two people who talk: uint8 [T, H, W, 3]."""
+    draw = jax.jit(lambda identity, motion: (127.5 * (render(identity, motion, SIZE) + 1)).astype(np.uint8))
+    random = np.random.default_rng(0)
+    openness = random.uniform(size=FRAMES).astype(np.float32)
+    motion = talking_motion(openness, openness, Manner(), 0)
+    return [np.asarray(draw(draw_identity(identity), motion)) for identity in SPEAKERS]
+
+
+def speech(seconds: float, level: float = 0.1) -> np.ndarray:
+    """Noise as loud as speech, 16 kHz."""
+    return (level * np.random.default_rng(1).normal(size=int(16_000 * seconds))).astype(np.float32)
+
+
+def film(path: Path, frames: np.ndarray, sound: np.ndarray | None, *, fps: int = 25) -> Path:
+    options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        video = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "12"})
+        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        audio = None if sound is None else container.add_stream("aac", rate=16_000, layout="mono")
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None], "fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(faces: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "sub").mkdir()
+    one, other = faces
+    seconds = FRAMES / 25
+    good = film(folder / "sub" / "good.mp4", one, speech(seconds))
+    good.with_suffix(".txt").write_text("a person  nodding\n", encoding="utf-8")
+    film(folder / "fast.mkv", np.repeat(one, 2, axis=0), speech(seconds), fps=50)
+    (folder / "fast.txt").write_bytes("größer".encode("latin-1"))
+    film(folder / "two shots.mp4", np.concatenate([one, other]), speech(2 * seconds))
+    film(folder / "short shot.mp4", np.concatenate([one, other[:20]]), speech(seconds + 0.8))
+    film(folder / "two people.mp4", np.concatenate([one, other], axis=2), speech(seconds))
+    film(folder / "slow.mp4", one[::2], speech(seconds), fps=12)
+    film(folder / "mute.mp4", one, None)
+    film(folder / "silent.mp4", one, np.zeros_like(speech(seconds)))
+    film(folder / "no one.mp4", np.full_like(one, 120), speech(seconds))
+    far = np.pad(one[:, ::6, ::6], [(0, 0), (128, 129), (128, 129), (0, 0)])
+    film(folder / "far away.mp4", far, speech(seconds))
+    (folder / "cut off.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (folder / "text.mp4").write_text("this is no video")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "notes.pdf").write_bytes(b"not asked for")
+    with tarfile.open(folder / "web.tar", "w") as tar:
+        tar.add(good, "000.mp4")
+        for name, data in (("000.txt", b"inside of a tar"), ("000.json", b"{}")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (folder / "broken.tar").write_bytes(b"nonsense" * 200)
+    return folder
+
+
+@pytest.fixture
+def cheap_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents are small pictures: every 4th frame at an 8th of the size."""
+
+    def shrink(vae: object, video: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.asarray(video, np.float32)[::4] / 127.5 - 1
+        count, height, width, _ = pixels.shape
+        cells = pixels.reshape(count, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4))
+        return np.tile(cells, 6)[..., :16], np.zeros(16)
+
+    monkeypatch.setattr(real_encode, "_encode", shrink)
+
+
+def prepare(*args: str | Path) -> int:
+    return run(lambda: prepare_data.main([str(arg) for arg in args]))
+
+
+def test_good_videos_become_records_and_bad_ones_are_named(
+    videos: Path, cheap_encoder: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("cv2", reason="finding faces needs opencv-python-headless")
+    out = tmp_path / "shards"
+    assert prepare(videos, "--out", out, *OPTIONS) == 0
+    told = {
+        video["name"]: video for video in map(json.loads, (out / "videos.jsonl").read_text().splitlines())
+    }
+    reasons = {name: [reason for _, reason in video["dropped"]] for name, video in told.items()}
+    assert reasons == {
+        "sub/good.mp4": [],
+        "fast.mkv": [],
+        "two shots.mp4": [],
+        "short shot.mp4": ["shot too short"],
+        "two people.mp4": ["several faces"],
+        "slow.mp4": ["too few frames a second"],
+        "mute.mp4": ["no sound"],
+        "silent.mp4": ["silent"],
+        "no one.mp4": ["no face"],
+        "far away.mp4": reasons["far away.mp4"],
+        "cut off.mp4": ["not a video, or damaged"],
+        "text.mp4": ["not a video, or damaged"],
+        "empty.mp4": ["not a video, or damaged"],
+        "web.tar/000.mp4": [],
+        "broken.tar": ["not a tar, or damaged"],
+    }
+    assert reasons["far away.mp4"][0] in ("face too small", "no face")
+    assert told["fast.mkv"]["notes"] == ["caption is not UTF-8"]
+    assert told["slow.mp4"]["fps"] == pytest.approx(12, abs=0.1)
+
+    rows = read_manifest(out)
+    kept = {name: [row["id"] for row in rows if row["video"] == name] for name in told}
+    assert {name for name, ids in kept.items() if ids} == {
+        "sub/good.mp4", "fast.mkv", "two shots.mp4", "short shot.mp4", "web.tar/000.mp4",
+    }  # fmt: skip
+    captions = {row["video"]: row["caption"] for row in rows}
+    assert captions["sub/good.mp4"] == "a person nodding"
+    assert captions["web.tar/000.mp4"] == "inside of a tar"
+    assert captions["fast.mkv"] == "a person talking"
+    page = (out / "report.html").read_text()
+    for name in ("cut off.mp4", "mute.mp4", "broken.tar", "caption is not UTF-8", "several faces"):
+        assert name in page
+    assert "data:image/jpeg;base64" in page
+    assert not (out / ".work").exists()
+
+    source = ShardSource(out, text_len=16, text_dim=64)
+    batch = next(record_batches(source, batch=4, seed=0))
+    assert batch["latent"].shape == (4, 3, 16, 16, 16)
+    assert batch["motion"].shape == (4, 2, 16, 16, 16)
+    assert batch["audio"].shape == (4, 1, 1, 192, 12)
+
+    capsys.readouterr()
+    before = (out / "manifest.jsonl").read_bytes()
+    assert prepare(videos, "--out", out, *OPTIONS) == 0  # nothing is left to do
+    assert (out / "manifest.jsonl").read_bytes() == before
+    assert prepare(videos, "--out", out, *OPTIONS, "--blocks", "2") == 2
+    assert "another length" in capsys.readouterr().err
+
+
+def test_the_clip_shows_the_face_in_step_with_the_sound(
+    videos: Path, faces: list[np.ndarray], cheap_encoder: None, tmp_path: Path
+):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    sound = speech(FRAMES / 25)
+    sound[: 40 * 640] = 0  # speech begins with frame 40
+    film(folder / "late.mp4", faces[0], sound)
+    assert prepare(folder, "--out", tmp_path / "shards", "--faces", "any", *OPTIONS) == 0
+    source = ShardSource(tmp_path / "shards", text_len=16, text_dim=64)
+    records = {str(source.ids[i]): source.record(i) for i in range(len(source))}
+    assert sorted(records) == [f"late.mp4-{start:06d}" for start in (0, 12, 36)]  # 24 has no reference
+    loud = records["late.mp4-000036"]["audio"].astype(np.float32).mean(axis=(0, 1))
+    assert np.argmax(np.diff(loud)) <= 2  # this clip's frames are 41 .. 52
+    assert np.ptp(records["late.mp4-000012"]["audio"].astype(np.float32)) < 0.1  # silence
+    # Frame 5 begins the first clip; the picture is the middle of the video, half its height.
+    latent = records["late.mp4-000000"]["latent"][0, ..., :3].astype(np.float32)
+    truth = faces[0][8].astype(np.float32) / 127.5 - 1
+    centre = latent[6:10, 6:10].mean(axis=(0, 1))
+    assert np.abs(centre - truth[96:144, 104:152].mean(axis=(0, 1))).max() < 0.2
+
+
+def test_workers_give_the_same_records_and_a_killed_run_goes_on(
+    videos: Path, cheap_encoder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.mp4").symlink_to(videos / "sub" / "good.mp4")
+    (folder / "c.mp4").write_text("no video")
+    options = ("--faces", "any", *OPTIONS)
+    assert prepare(folder, "--out", tmp_path / "one", *options) == 0
+    assert prepare(folder, "--out", tmp_path / "two", *options, "--workers", "1") == 0
+    expected = (tmp_path / "one" / "manifest.jsonl").read_text()
+    assert (tmp_path / "two" / "manifest.jsonl").read_text() == expected
+
+    records = ClipEncoder.records
+
+    def interrupted(self, outcome, *args):
+        if outcome.name == "b.mp4":
+            raise KeyboardInterrupt
+        yield from records(self, outcome, *args)
+
+    monkeypatch.setattr(ClipEncoder, "records", interrupted)
+    assert prepare(folder, "--out", tmp_path / "three", *options) == 130
+    assert [json.loads(line)["name"] for line in (tmp_path / "three" / "videos.jsonl").open()] == ["a.mp4"]
+    with pytest.raises(UserError, match="not finished"):
+        ShardSource(tmp_path / "three", text_len=16, text_dim=64)
+    monkeypatch.setattr(ClipEncoder, "records", records)
+    assert prepare(folder, "--out", tmp_path / "three", *options) == 0
+    ids = [row["id"] for row in read_manifest(tmp_path / "three")]
+    assert ids == [json.loads(line)["id"] for line in expected.splitlines()]
+
+
+def test_what_a_user_gets_wrong_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "useless").mkdir()
+    (tmp_path / "useless" / "a.mp4").write_text("no video")
+    out = ("--out", tmp_path / "shards", "--workers", "0")
+    cases = (
+        ((tmp_path / "none", *out), "no such folder"),
+        ((tmp_path / "empty", *out), "has no videos"),
+        ((tmp_path / "useless", *out, "--faces", "my:detector"), "no face detector my:detector"),
+        ((tmp_path / "useless", *out, "--faces", "any", "--model", "none"), "no such model folder"),
+        ((tmp_path / "useless", *out, "--faces", "any", "--motion-frames", "8"), "1 + 4k"),
+        ((tmp_path / "useless", *out, "--faces", "any"), "none of 1 videos gave a clip"),
+        ((), "--out"),
+    )
+    for args, message in cases:
+        assert prepare(*args) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert prepare(tmp_path / "useless", *out) == 2
+    assert "pip install 'lavatar-jax[data]'" in capsys.readouterr().err
+
+
+def test_haar_finds_the_face_of_the_sample_photo():
+    pytest.importorskip("cv2", reason="finding faces needs opencv-python-headless")
+    photo = np.asarray(Image.open(ROOT / "lavatar_jax" / "samples" / "face.png").convert("RGB"))
+    detect = load_detector("haar")
+    (box,) = detect(photo)
+    height, width = photo.shape[:2]
+    assert abs(box.left + box.width / 2 - width / 2) < 0.1 * width
+    assert 0.3 * height < box.height < 0.8 * height
+    assert len(detect(np.concatenate([photo, photo], axis=1))) == 2
+    assert detect(np.full_like(photo, 90)) == []
+
+
+def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Path):
+    from tools.real_clips import Outcome, Piece
+
+    pictures = np.stack([np.asarray(Image.fromarray(f).resize((128, 128))) for f in faces[0]])
+    piece = Piece(0, tmp_path / "0.npy", tmp_path / "0.sound.npy", 100.0, -20.0)
+    np.save(piece.frames, pictures)
+    np.save(piece.samples, speech(FRAMES / 25))
+    encoder = ClipEncoder("tiny", blocks=1, motion_frames=1, filters=FilterConfig())
+    assert encoder.sizes == ((128, 128),)
+    record = next(encoder.records(Outcome("a.mp4", caption="smiling"), piece, set()))
+    assert record["latent"].shape == (3, 8, 8, 16) or record["latent"].shape == (3, 16, 16, 16)
+    assert record["audio"].shape == (1, 192, 12)
+    # Raw means of people that the model knows have about its statistics.
+    mean, std = np.array(encoder.config.vae.latent_mean), np.array(encoder.config.vae.latent_std)
+    normal = (record["latent"].astype(np.float32) - mean) / std
+    assert 0.5 < normal.std() < 2
+
+
+def test_sources_are_sorted_and_named_by_their_place(videos: Path):
+    sources, broken = find_sources(videos)
+    assert Source("web.tar/000.mp4", videos / "web.tar", "000.mp4") in sources
+    assert [outcome.name for outcome in broken] == ["broken.tar"]
+    assert len({source.name for source in sources}) == len(sources)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no signals")
+def test_ctrl_c_ends_the_workers_and_exits_with_130(videos: Path, tmp_path: Path):
+    command = [sys.executable, "tools/prepare_data.py", str(videos), "--out", str(tmp_path / "shards")]
+    options = {
+        "start_new_session": True,
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.DEVNULL,
+        "text": True,
+    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [*command, "--faces", "any", "--workers", "1"], cwd=ROOT, env=environment, **options
+    ) as process:
+        journal = tmp_path / "shards" / ".work"
+        deadline = time.monotonic() + 120
+        while not any(journal.glob("*/*.npy")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 130, error
+    assert not (tmp_path / "shards" / ".work").exists()
+    assert (tmp_path / "shards" / "report.html").exists()

@@ -1,0 +1,271 @@
+"""Make training records of videos: `python tools/prepare_data.py FOLDER_OF_VIDEOS --out SHARDS`.
+
+Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NAME.mp4 is its caption. Shots
+with exactly one face and audible speech become clips of 25 frames a second; `report.html` in the output says
+what was dropped and why. The same command goes on after an interruption, and adds new videos.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.progress import Progress
+from tyro.conf import arg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lavatar_jax.cli import keep_compilations, parse_options, run
+from lavatar_jax.data.clip_filters import FPS, FilterConfig
+from lavatar_jax.data.face_boxes import load_detector
+from lavatar_jax.data.preparation_report import render_report
+from lavatar_jax.data.shards import ShardWriter, write_text
+from lavatar_jax.errors import UserError
+from tools.real_clips import CRASHED, VIDEOS, Interrupted, Job, Outcome, cut_video, find_sources, start_worker
+
+if TYPE_CHECKING:
+    from tools.real_encode import ClipEncoder
+
+JOURNAL, REPORT, SETTINGS = "videos.jsonl", "report.html", "settings.json"
+WORK, PICTURES = ".work", "pictures"
+SHEET_CLIPS, SHEET_FRAMES, SHEET_HEIGHT = 60, 5, 112  # of the report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Make training records of a folder of videos."""
+
+    folder: tyro.conf.Positional[Path]
+    """Videos, or WebDataset tars of videos; subfolders count."""
+    out: Annotated[Path, arg(metavar="SHARDS")]
+    """Folder for the records, and for report.html."""
+    model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
+    """Whose VAE, speech and text encoders make the records: the bundled model, or a converted one."""
+    faces: str = "haar"
+    """What finds faces: haar (OpenCV), any (every picture counts as one face), or your module:function."""
+    blocks: int = 4
+    """Length of a clip in blocks of 12 frames."""
+    motion_frames: int = 9
+    """Frames before a clip that are kept as its past; 1 + 4k."""
+    workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
+    """Processes that decode and filter; 0: none but this one."""
+    shard_records: int = 256
+    """Records in a file."""
+    filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+
+
+def main(args: list[str]) -> None:
+    options = parse_options(Prepare, args, prog="tools/prepare_data.py")
+    if options.motion_frames < 1 or options.motion_frames % 4 != 1 or options.blocks < 1:
+        raise UserError("--motion-frames must be 1 + 4k (1, 5, 9, ...) and --blocks at least 1")
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder}: no such folder; give the folder of the videos")
+    sources, broken = find_sources(options.folder)
+    if not sources and not broken:
+        raise UserError(f"{options.folder} has no videos ({', '.join(VIDEOS)} or .tar); give another folder")
+    load_detector(options.faces)  # say now that OpenCV is missing
+
+    from tools.real_encode import ClipEncoder  # it needs jax, which workers do without
+
+    encoder = ClipEncoder(
+        options.model,
+        blocks=options.blocks,
+        motion_frames=options.motion_frames,
+        filters=options.filters,
+    )
+    with ShardWriter(options.out, shard_records=1 << 30) as writer:
+        _check_settings(options.out / SETTINGS, encoder.about)
+        work = options.out / WORK
+        shutil.rmtree(work, ignore_errors=True)
+        book = Book(writer, options)
+        jobs = [
+            Job(source, work, encoder.sizes, options.faces, options.filters)
+            for source in sources
+            if source.name not in book.known
+        ]
+        try:
+            for outcome in broken:
+                book.add(outcome, encoder)
+            with Progress() as progress:
+                for outcome in progress.track(
+                    cut_all(jobs, options.workers), total=len(jobs), description="preparing videos"
+                ):
+                    book.add(outcome, encoder)
+        finally:
+            book.save()
+            shutil.rmtree(work, ignore_errors=True)
+        if not writer.rows:
+            raise UserError(f"none of {len(sources)} videos gave a clip; {options.out / REPORT} says why")
+        vae = encoder.config.vae
+        writer.finish(mean=np.array(vae.latent_mean), std=np.array(vae.latent_std), encoder=encoder.about)
+    dropped = sum(1 for video in book.videos if not video["records"])
+    print(
+        f"{options.out}: {len(writer)} records of {len(book.videos)} videos, {dropped} of no use ({REPORT})"
+    )
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Records of one folder are of one kind. Raises UserError."""
+    text = json.dumps(settings, indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path.parent} was made with another model or another length; choose another --out")
+    write_text(path, text)
+
+
+class Book:
+    """What became of every video: a line in `videos.jsonl` once its records are in a complete shard.
+
+    A kill therefore costs the videos since the last shard, which are done again; their records are new ones.
+    """
+
+    def __init__(self, writer: ShardWriter, options: Prepare) -> None:
+        self._writer, self._out, self._limit = writer, options.out, options.shard_records
+        path = options.out / JOURNAL
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.videos: list[dict[str, Any]] = [entry for line in lines if (entry := _parse(line))]
+        self._pending: list[dict[str, Any]] = []
+        self.known = {video["name"] for video in self.videos}
+        # Of a video that a kill cut short, some records may be in a complete shard.
+        self._earlier = collections.Counter(row.get("video") for row in writer.rows)
+
+    def add(self, outcome: Outcome, encoder: ClipEncoder) -> None:
+        """Encode a video's pieces, write their records, remove the pieces."""
+        if outcome.name in self.known:
+            return
+        self.known.add(outcome.name)
+        video = {
+            "video": outcome.name,
+            "w": outcome.width,
+            "h": outcome.height,
+            "fps": round(outcome.fps, 3),
+            "n_faces": 1,
+        }
+        written = 0
+        for piece in outcome.pieces:
+            first = True
+            facts = {"start": piece.start / FPS, "loudness": piece.level_db, **video}
+            for record in encoder.records(outcome, piece, self._writer.ids):
+                try:
+                    self._writer.write(record, **facts)
+                except ValueError as error:  # half precision has an end
+                    outcome.dropped.append((f"{record['id']} ({error})", "latents are not finite"))
+                    continue
+                written += 1
+                if first:
+                    self._keep_picture(str(record["id"]), np.load(piece.frames, mmap_mode="r"))
+                first = False
+        records = self._earlier[outcome.name] + written
+        if outcome.pieces and not records:
+            outcome.dropped.append(("whole video", "pieces too short for a clip and a reference"))
+        for folder in {piece.frames.parent for piece in outcome.pieces}:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._pending.append(
+            {
+                "name": outcome.name,
+                "seconds": round(outcome.seconds, 2),
+                "fps": round(outcome.fps, 3),
+                "records": records,
+                "frames": records * encoder.clip_frames,
+                "pieces": [{"face": piece.face, "level_db": piece.level_db} for piece in outcome.pieces],
+                "dropped": outcome.dropped,
+                "notes": outcome.notes,
+            }
+        )
+        if self._writer.unsaved >= self._limit:
+            self.save()
+
+    def save(self) -> None:
+        """Complete the shard, then say so, and write the report."""
+        self._writer.flush()
+        self.videos += self._pending
+        self._pending = []
+        lines = (json.dumps(video, ensure_ascii=False) + "\n" for video in self.videos)
+        write_text(self._out / JOURNAL, "".join(lines))
+        paths = sorted((self._out / PICTURES).glob("*.jpg"))
+        pictures = {path.stem: path.read_bytes() for path in paths[:SHEET_CLIPS]}
+        write_text(self._out / REPORT, render_report(self.videos, pictures))
+
+    def _keep_picture(self, name: str, frames: np.ndarray) -> None:
+        """Some frames side by side, for the report."""
+        folder = self._out / PICTURES
+        folder.mkdir(exist_ok=True)
+        if sum(1 for _ in folder.iterdir()) >= SHEET_CLIPS:
+            return
+        chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).astype(int)]
+        strip = Image.fromarray(np.concatenate(list(chosen), axis=1))
+        width = round(strip.width * SHEET_HEIGHT / strip.height)
+        data = io.BytesIO()
+        strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(data, format="JPEG", quality=80)
+        (folder / f"{name.replace('/', '_')}.jpg").write_bytes(data.getvalue())
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def cut_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+    """`cut_video` of all jobs in order, by so many processes. A video that kills its process is reported."""
+    if not workers:
+        yield from map(cut_video, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # forked threads of jax and ffmpeg would hang
+    stop = context.Event()
+
+    def pool(size: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(size, context, start_worker, (stop,))
+
+    waiting = collections.deque(jobs)
+    running: collections.deque[tuple[Job, Future[Outcome]]] = collections.deque()
+    executor = pool(workers)
+    try:
+        while waiting or running:
+            try:
+                while waiting and len(running) <= workers:  # few ahead: what they cut out lies on the disk
+                    running.append((waiting[0], executor.submit(cut_video, waiting[0])))
+                    waiting.popleft()
+                outcome = running[0][1].result()
+            except BrokenProcessPool:  # one of those that run is to blame: each gets a process of its own
+                suspects = [job for job, _ in running]
+                running.clear()
+                executor.shutdown()
+                for suspect in suspects:
+                    yield _cut_alone(suspect, pool(1))
+                executor = pool(workers)
+                continue
+            running.popleft()
+            yield outcome
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def _cut_alone(job: Job, executor: ProcessPoolExecutor) -> Outcome:
+    with executor:
+        try:
+            return executor.submit(cut_video, job).result()
+        except BrokenProcessPool:
+            return Outcome(job.source.name, dropped=[("whole video", CRASHED)])
+
+
+if __name__ == "__main__":
+    keep_compilations()
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -1,0 +1,122 @@
+"""From cut-out pieces of real videos to training records, by the encoders of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavatar_jax.checkpoints.store import load_config, load_encoders, load_text_encoder, model_folder
+from lavatar_jax.data.clip_filters import FPS, FilterConfig, clip_starts, reference_frame
+from lavatar_jax.data.records import Record
+from lavatar_jax.inference.images import size_less_than_area
+from lavatar_jax.models.avatar import AvatarConfig
+from lavatar_jax.models.logmel import log_mel
+from lavatar_jax.models.speech_level import normalise_level
+from lavatar_jax.models.vae import CausalVAE
+from tools.real_clips import Outcome, Piece
+
+
+def target_sizes(config: AvatarConfig) -> tuple[tuple[int, int], ...]:
+    """(height, width) of training pictures: the model's square, or its area lying, standing and square."""
+    size = config.image_size
+    if isinstance(size, int):
+        return ((size, size),)
+    height, width = size
+    area = height * width
+    shapes = ((height, width), (width, height), (int(area**0.5),) * 2)
+    return tuple(dict.fromkeys(size_less_than_area(*shape, area) for shape in shapes))
+
+
+@jax.jit
+def _encode(vae: CausalVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Raw means [F, h, w, Z] of frames uint8 [T, H, W, 3], and the encoder's own deviation [Z]."""
+    pixels = video.astype(jnp.float32) / 127.5 - 1.0
+    mean, log_variance = vae.encode_distribution(pixels[None])
+    return mean[0], jnp.exp(0.5 * log_variance).mean(axis=(0, 1, 2, 3))
+
+
+class ClipEncoder:
+    """The VAE, the ear and the reader of prompts of a model (`--model` of the other programs).
+
+    Raises UserError where the folder is none, or damaged.
+    """
+
+    def __init__(self, model: str, *, blocks: int, motion_frames: int, filters: FilterConfig) -> None:
+        self.folder: Path = model_folder(model)
+        self.config = load_config(self.folder)
+        self.sizes = target_sizes(self.config)
+        self.motion_frames, self.filters = motion_frames, filters
+        self.clip_frames = blocks * self.config.dit.block_frames * self.config.vae.temporal_factor
+        self._vae, self._speech = load_encoders(self.folder, self.config)
+        self._text: dict[str, np.ndarray | None] = {}
+
+    @property
+    def about(self) -> dict[str, object]:
+        """For `dataset.json`: what the records depend on."""
+        return {
+            "source": "videos",
+            "model": self.config.name,
+            "vae": dataclasses.asdict(self.config.vae),
+            "clip_frames": self.clip_frames,
+            "motion_frames": self.motion_frames,
+        }
+
+    def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[Record]:
+        """The clips of a piece, end to end, without those in `done`."""
+        frames = np.load(piece.frames, mmap_mode="r")
+        features: np.ndarray | None = None
+        motion_latents = (self.motion_frames - 1) // self.config.vae.temporal_factor + 1
+        for start in clip_starts(len(frames), self.motion_frames, self.clip_frames):
+            name = f"{outcome.name}-{piece.start + start:06d}"
+            first, stop = start + self.motion_frames, start + self.motion_frames + self.clip_frames
+            away = reference_frame(start, stop, len(frames), name=name, config=self.filters)
+            if name in done or away is None:
+                continue
+            if features is None:
+                features = self.hear(np.load(piece.samples), len(frames))
+            latent, spread = _encode(self._vae, jnp.asarray(frames[start:stop]))
+            reference, _ = _encode(self._vae, jnp.asarray(frames[away : away + 1]))
+            latent = np.asarray(latent, np.float32)
+            record: Record = {
+                "id": name,
+                "caption": outcome.caption,
+                "latent": latent[motion_latents:].astype(np.float16),
+                "motion": latent[:motion_latents].astype(np.float16),
+                "reference": np.asarray(reference, np.float16),
+                "spread": np.asarray(spread, np.float16),
+                "audio": features[..., first:stop].astype(np.float16),
+            }
+            text = self.read(outcome.caption)
+            yield record if text is None else {**record, "text": text}
+
+    def hear(self, samples: np.ndarray, frames: int) -> np.ndarray:
+        """Features [L, A, frames] of the sound of a piece, as a recording is heard when a video is made."""
+        if self._speech is None:
+            features = log_mel(normalise_level(samples), self.config.log_mel)
+        else:
+            from lavatar_jax.inference.speech_features import speech_features
+
+            features = speech_features(self._speech, samples, self.clip_frames, fps=FPS)
+        missing = max(0, frames - features.shape[-1])
+        return np.pad(features, ((0, 0), (0, 0), (0, missing)))[..., :frames]
+
+    def read(self, caption: str) -> np.ndarray | None:
+        """States [S, E] of a caption up to its true length; None for models without a text encoder."""
+        if self.config.text is None:
+            return None
+        if caption not in self._text:
+            from lavatar_jax.inference.prompt import PromptTokenizer, encode_prompt
+
+            if not hasattr(self, "_reader"):
+                self._reader = load_text_encoder(self.folder, self.config)
+                self._tokenizer = PromptTokenizer(self.folder / "tokenizer", self.config.dit.text_len)
+            length = self.config.dit.text_len
+            states = encode_prompt(self._reader, self._tokenizer, caption, length)
+            count = int(self._tokenizer([caption])[1].sum())
+            self._text[caption] = np.asarray(states[0, :count], np.float16)
+        return self._text[caption]
