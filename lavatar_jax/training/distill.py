@@ -1,0 +1,156 @@
+"""Stage 2: Self-Forcing DMD makes a student of few steps of a model of stage 1 (method sections 4 and 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.data.loader import record_batches
+from lavatar_jax.diffusion import TIMESTEPS
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.denoise import schedule
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.parallel import STACKED, train_mesh
+from lavatar_jax.training.distill_step import (
+    DistillConfig,
+    DistillState,
+    Roles,
+    StepFn,
+    create_distill_state,
+    make_distill_step,
+)
+from lavatar_jax.training.dmd import DMDConfig
+from lavatar_jax.training.dynaforcing import DynaConfig, Reward, load_rewards
+from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.precision import compute_in
+from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.scores import ScoreConfig
+from lavatar_jax.training.self_forcing import SelfForcingConfig
+from lavatar_jax.training.state import Params, split_model
+from lavatar_jax.training.weights import LoraConfig, abstract_weights, initial_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillRun(Run):
+    """Everything that `train.py` can set for stage 2. `train.learning_rate` is the student's.
+
+    `init`: what student, critic and teacher start from: a run of stage 1, or a model folder. `teacher`:
+    another one for teacher and critic. `lora` of a rank: student and critic are adapters on `init`, which is
+    the teacher itself, so that the weights exist once; `lora.init`: the student's adapters of stage 1.
+    """
+
+    out: str = "runs/distill"
+    init: str | None = "runs/dit"
+    teacher: str | None = None
+    model: DiTConfig
+    data: LatentsConfig
+    sampling: SamplingConfig  # how the student will be sampled: steps, levels, ring, sink, history
+    rollout: SelfForcingConfig  # its levels and its cache are those of `sampling`
+    score: ScoreConfig
+    loss: DMDConfig
+    dyna: DynaConfig
+    distill: DistillConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    clip: tuple[int, int, int] = (12, 16, 16)  # latent frames, rows, columns that a plan is made for
+
+    def make(self, rngs: nnx.Rngs) -> CausalDiT:
+        return CausalDiT(self.model, rngs=rngs)
+
+
+def sampler_rollout(rollout: SelfForcingConfig, sampling: SamplingConfig) -> SelfForcingConfig:
+    """The rollout with the noise levels and the kind of history of a sampler."""
+    context = {"noisy": 0.0, "clean": 0.0, "fixed_noise": TIMESTEPS * sampling.history_sigma}
+    return dataclasses.replace(
+        rollout,
+        schedule=schedule(sampling),
+        cache="noisy" if sampling.history == "noisy" else "context",
+        context=context[sampling.history],
+    )
+
+
+def make_roles(config: DistillRun) -> Roles:
+    """Three whole networks; or one frozen network, which is the teacher, and two sets of adapters on it."""
+    precision = config.train.precision
+    trained = compute_in(abstract_weights(config.make, config.lora, config.train.seed).merge, precision)
+    _, plain = split_model(jax.eval_shape(lambda: config.make(nnx.Rngs(0))))
+    teacher = compute_in(plain, precision)
+    if not config.lora.rank:
+        return Roles(student=lambda p, _: trained(p), critic=lambda p, _: trained(p), teacher=teacher)
+    return Roles(
+        student=trained,
+        critic=trained,
+        teacher=lambda frozen: teacher({name.removesuffix(".base"): x for name, x in frozen.items()}),
+    )
+
+
+def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tuple[StepFn, tuple]:
+    """-> (the step of a run, the optimizers of student and critic). `params` may be abstract."""
+    if config.train.accumulate > 1:
+        raise UserError("stage 2 does not accumulate gradients over parts of a batch: --train.accumulate 1")
+    decay = config.train.weight_decay
+    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=decay, config=config.optim)
+    step_fn = make_distill_step(
+        make_roles(config),
+        (optimizer, optimizer),
+        sampling=config.sampling,
+        rollout=sampler_rollout(config.rollout, config.sampling),
+        score=config.score,
+        loss=config.loss,
+        dyna=config.dyna,
+        config=config.distill,
+        train=config.train,
+        clip=config.optim.clip,
+        rewards=rewards,
+    )
+    return step_fn, (optimizer, optimizer)
+
+
+def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Params]:
+    """-> (the student's parameters, the critic's, what is frozen). Raises UserError."""
+    seed = config.train.seed
+    student = initial_weights(config.make, mesh, init=config.init, seed=seed, adapters=config.lora)
+    if not config.lora.rank:
+        if config.teacher is None:
+            return student.params, student.params, student.params
+        teacher = initial_weights(config.make, mesh, init=config.teacher, seed=seed)
+        return student.params, teacher.params, teacher.params
+    if config.teacher is not None:
+        raise UserError("with adapters the teacher is the model that they are on: leave --teacher out")
+    fresh = dataclasses.replace(config.lora, init=None)
+    critic = initial_weights(config.make, mesh, init=config.init, seed=seed + 1, adapters=fresh)
+    return student.params, critic.params, student.frozen
+
+
+def train_distill(config: DistillRun) -> DistillState:
+    """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
+    mesh, train = train_mesh(config.mesh), config.train
+    first_process_only(lambda: prepare_latents(config.data))
+    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
+    batches = record_batches(
+        source,
+        batch=train.batch,
+        seed=train.seed,
+        workers=train.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    params, critic, base = starting_weights(config, mesh)
+    rewards = load_rewards(config.dyna, config)
+    step_fn, optimizers = make_step(config, params, rewards)
+    state = create_distill_state(
+        params,
+        critic,
+        optimizers,
+        steps=config.sampling.steps,
+        rewards=len(rewards),
+        seed=train.seed,
+        mesh=mesh,
+    )
+    frozen = {"params": base, "rewards": [reward.arrays for reward in rewards]}
+    return fit_run(config, step_fn, state, frozen, batches, mesh)

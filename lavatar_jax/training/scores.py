@@ -1,0 +1,78 @@
+"""The two judges of distillation as functions of noisy clips: the frozen teacher and the critic."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lavatar_jax.models.dit import CausalDiT, Remat
+from lavatar_jax.models.dit_forward import teacher_forward, train_forward
+from lavatar_jax.training.dmd import Denoiser
+from lavatar_jax.training.flow_grid import FlowGrid
+
+Batch = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How a network judges a clip.
+
+    `kind`: "bidirectional" sees the whole clip at once, as Wan2.2-S2V does; "causal" is a model of stage 1
+    with one noise level for all blocks, for models that have no bidirectional teacher.
+    What guidance leads away from: `without_audio` "zeros" (for models trained with audio dropout) or "other",
+    the voice of another clip of the batch; `without_text` "zeros". "keep" leaves a condition as it is.
+    """
+
+    kind: Literal["causal", "bidirectional"] = "bidirectional"
+    without_audio: Literal["keep", "zeros", "other"] = "zeros"
+    without_text: Literal["keep", "zeros"] = "zeros"
+
+
+def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
+    """The batch as guidance leads away from it."""
+    audio, text = batch["audio"], batch["text"]
+    if config.without_audio != "keep":
+        audio = jnp.zeros_like(audio) if config.without_audio == "zeros" else jnp.roll(audio, 1, axis=0)
+    return {
+        **batch, "audio": audio, "text": jnp.zeros_like(text) if config.without_text == "zeros" else text
+    }  # fmt: skip
+
+
+def make_denoiser(
+    dit: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid, *, remat: Remat = "none"
+) -> Denoiser:
+    """(noisy clip [B, F, H, W, C], timesteps [B, F]) -> clean latents, under the batch's conditions.
+
+    Every frame of a clip has the same timestep.
+    """
+
+    def denoise(noisy: Array, t_BF: Array) -> Array:
+        if config.kind == "causal":
+            flow = train_forward(
+                dit,
+                noisy,
+                t_BF,
+                text_BSE=batch["text"],
+                audio=batch["audio"],
+                ref_B1HWC=batch["reference"],
+                pose_BFHWC=batch.get("pose"),
+                blockwise_audio=True,
+                remat=remat,
+            )
+        else:
+            flow = teacher_forward(
+                dit,
+                noisy,
+                t_BF[:, 0],
+                text_BSE=batch["text"],
+                audio_BPLAT=batch["audio"],
+                ref_B1HWC=batch["reference"],
+                pose_BFHWC=batch.get("pose"),
+                remat=remat,
+            )
+        return grid.flow_to_x0(noisy, flow, t_BF)
+
+    return denoise

@@ -1,0 +1,92 @@
+"""Stage 2 as a whole: it streams as inference does, learns in turns, resumes, and refuses what cannot be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.store import save_params
+from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.data.motion import MANNERS
+from lavatar_jax.data.shards import ShardWriter, stored_records
+from lavatar_jax.errors import UserError
+from lavatar_jax.training.distill import DistillRun, train_distill
+from lavatar_jax.training.distill_step import DistillConfig
+from lavatar_jax.training.dmd import DMDConfig
+from lavatar_jax.training.dynaforcing import DynaConfig
+from lavatar_jax.training.latents import LatentsConfig, latent_statistics
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.scores import ScoreConfig
+from lavatar_jax.training.self_forcing import SelfForcingConfig
+from lavatar_jax.training.state import split_model
+from tests.tiny import random_dit
+
+MODEL = DiTConfig(
+    layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
+    audio_dim=6, audio_layers=1, audio_tokens=2, inject_layers=(0,), block_frames=1, use_motion=False,
+    use_pose=False,
+)  # fmt: skip
+SIZE, CLIPS = (3, 4, 4), 6
+SAMPLING = SamplingConfig(steps=2, motion=False, adapt_sink_after=None, sink_distance=24, ring_blocks=2)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> DistillRun:
+    """A run on clips of random numbers, from random weights in a model folder."""
+    random = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "latents") as writer:
+        for index in range(CLIPS):
+            latent = random.normal(size=(*SIZE, 4))
+            record = {
+                "id": str(index),
+                "caption": MANNERS[index % len(MANNERS)].caption,
+                "latent": latent.astype(np.float16),
+                "reference": latent[:1].astype(np.float16),
+                "spread": np.full(4, 0.1, np.float16),
+                "audio": random.normal(size=(1, 6, 4 * SIZE[0])).astype(np.float16),
+                "mouth": np.full(SIZE[1:], 255, np.uint8),
+            }
+            writer.write(record)
+        writer.flush()
+        mean, std = latent_statistics(stored_records(tmp_path / "latents", writer.rows))
+        writer.finish(mean=mean, std=std, encoder={})
+    (tmp_path / "model").mkdir()
+    save_params(tmp_path / "model" / "dit.safetensors", random_dit(MODEL), np.float32)
+    return DistillRun(
+        out=str(tmp_path / "out"),
+        init=str(tmp_path / "model"),
+        model=MODEL,
+        data=LatentsConfig(folder=str(tmp_path / "latents"), clips=CLIPS, text_len=3, text_dim=4),
+        sampling=SAMPLING,
+        rollout=SelfForcingConfig(transition="euler", shift=3.0),
+        score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
+        loss=DMDConfig(shift=3.0, guidance=0.5),
+        dyna=DynaConfig(hybrid=0.5),
+        distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0),
+        optim=OptimConfig(kind="adamw"),
+        train=LoopConfig(steps=4, learning_rate=1e-2, batch=2, ema_decay=0.9, log_every=2),
+    )
+
+
+def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: DistillRun) -> None:
+    before, _ = split_model(random_dit(MODEL))
+    state = train_distill(run)
+    assert (int(state.step), int(state.updates)) == (4, 2)
+    for params in (state.params, state.critic):
+        moved = [name for name in before if np.abs(params[name] - before[name]).max() > 1e-4]
+        assert {name.split(".")[0] for name in moved} >= {"blocks", "injectors", "head", "audio_encoder"}
+    assert read_average(Path(run.out)).keys() == before.keys()
+    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
+    assert all(
+        np.isfinite(list(filter(lambda x: isinstance(x, float), line.values()))).all() for line in lines
+    )
+    assert lines[-1]["dmd_gradient_norm"] > 0
+
+
+def test_weights_of_another_model_are_refused(run: DistillRun) -> None:
+    with pytest.raises(UserError, match="does not fit"):
+        train_distill(dataclasses.replace(run, model=dataclasses.replace(MODEL, input_skip=True)))
