@@ -16,6 +16,12 @@ def train(config: Any) -> None:
         return
     from lavatar_jax.training.diffusion_forcing import DiTRun, train_dit
 
-    if not isinstance(config, DiTRun):
-        raise UserError(f"get_config() must return a VAERun or a DiTRun, not a {type(config).__name__}")
-    train_dit(config)
+    if isinstance(config, DiTRun):
+        train_dit(config)
+        return
+    from lavatar_jax.training.distill import DistillRun, train_distill
+
+    if not isinstance(config, DistillRun):
+        kinds = "a VAERun, a DiTRun or a DistillRun"
+        raise UserError(f"get_config() must return {kinds}, not a {type(config).__name__}")
+    train_distill(config)
