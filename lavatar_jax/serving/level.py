@@ -7,6 +7,8 @@ noise of a room does not move the mouth.
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 from jaxtyping import Float
 
@@ -19,6 +21,7 @@ SPEECH_RANGE_DB = 25.0  # as in `speech_level_db`: pieces so far below the loude
 ABOVE_NOISE_DB = 8.0  # speech stands out from the room by at least so much
 MAX_GAIN_DB, MIN_GAIN_DB = 30.0, -20.0
 LEARN_FIRST, LEARN = 0.25, 0.03  # share of a new piece in the level: within 0.2 s at first, then in 0.7 s
+REMEMBERED = 100  # pieces: 2 s
 HANGOVER = 12  # pieces: ends of words are soft, the gate closes only after 240 ms
 CLOSED_DB = -30.0
 
@@ -28,7 +31,7 @@ class RunningLevel:
 
     def __init__(self) -> None:
         self.level_db: float | None = None  # of what was spoken; None: nothing yet
-        self.noise_db = -60.0
+        self._recent: deque[float] = deque(maxlen=REMEMBERED)
         self._learned = 0
         self._hang = 0
         self._gain = 1.0
@@ -38,6 +41,11 @@ class RunningLevel:
     def open(self) -> bool:
         """Somebody is speaking, or has just stopped."""
         return self._hang > 0
+
+    @property
+    def noise_db(self) -> float:
+        """The softest of the last two seconds is the room: speech has gaps."""
+        return min(self._recent) if len(self._recent) > HANGOVER else QUIETEST_DB - ABOVE_NOISE_DB
 
     @property
     def gain_db(self) -> float:
@@ -55,14 +63,13 @@ class RunningLevel:
 
     def _piece(self, piece: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         power = float(np.mean(np.square(piece, dtype=np.float64)))
-        piece_db = 10.0 * np.log10(max(power, 1e-10))
+        piece_db = 10.0 * float(np.log10(max(power, 1e-10)))
+        self._recent.append(piece_db)
         if self._is_speech(piece_db):
             self._hang = HANGOVER
             self._learn(piece_db)
         else:
             self._hang = max(0, self._hang - 1)
-            # The room: followed downwards at once, upwards slowly.
-            self.noise_db += (0.2 if piece_db < self.noise_db else 0.02) * (piece_db - self.noise_db)
         gain_db = self.gain_db if self._hang else min(0.0, self.gain_db) + CLOSED_DB
         before, self._gain = self._gain, 10.0 ** (gain_db / 20.0)
         return np.clip(piece * np.linspace(before, self._gain, PIECE, dtype=np.float32), -1.0, 1.0)

@@ -104,7 +104,7 @@ class Call:
         self._peer.on("datachannel", self._on_channel)
         self._peer.on("connectionstatechange", self._on_state)
 
-    # ---- to the client -------------------------------------------------------------------------------------
+    # ---- to the client ---------------------------------------------------------------------------------
 
     def show(self, sent: Sent) -> None:
         moment = sent.moment
@@ -125,7 +125,7 @@ class Call:
             with contextlib.suppress(Exception):  # it may close under our hands
                 self._channel.send(event)
 
-    # ---- the connection ------------------------------------------------------------------------------------
+    # ---- the connection --------------------------------------------------------------------------------
 
     async def answer(self, sdp: str) -> str:
         """The answer to an offer. Raises ApiError 400 and 415."""
@@ -177,7 +177,7 @@ class Call:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # ---- from the client -----------------------------------------------------------------------------------
+    # ---- from the client -------------------------------------------------------------------------------
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
         if self._channel is not None:

@@ -106,7 +106,7 @@ class Room:
         self._playing = asyncio.get_running_loop().create_task(self.playout.run())
         self.set_mode(mode)
 
-    # ---- who is here ---------------------------------------------------------------------------------------
+    # ---- who is here -----------------------------------------------------------------------------------
 
     def may_control(self, token: str) -> bool:
         return same(token, self.identity.token)
@@ -144,7 +144,7 @@ class Room:
                 self.alone_since = time.monotonic()
             self.tell_state()
 
-    # ---- what is said --------------------------------------------------------------------------------------
+    # ---- what is said ----------------------------------------------------------------------------------
 
     def tell(self, event: dict[str, Any]) -> None:
         """An event for everybody."""
@@ -227,7 +227,7 @@ class Room:
             self._speaking_until = None
             self.tell({"type": "agent.speech_ended", "time": round(sent.time, 3)})
 
-    # ---- what can be asked ---------------------------------------------------------------------------------
+    # ---- what can be asked -----------------------------------------------------------------------------
 
     def set_prompt(self, prompt: object) -> None:
         if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= self._config.limits.prompt_chars:
@@ -246,7 +246,7 @@ class Room:
         self.voice.interrupt()
         self.tell({"type": "agent.interrupted"})
 
-    # ---- recording -----------------------------------------------------------------------------------------
+    # ---- recording -------------------------------------------------------------------------------------
 
     @property
     def recording(self) -> Recording | None:
@@ -280,7 +280,7 @@ class Room:
         log.warning("recording failed: %s", message, extra={"session": self.identity.id})
         self.tell({"type": "recording.failed", "error": {"code": "not_available", "message": message}})
 
-    # ---- the end -------------------------------------------------------------------------------------------
+    # ---- the end ---------------------------------------------------------------------------------------
 
     def _ended(self) -> None:
         """The session itself is over: it failed, or the host was closed."""

@@ -79,7 +79,7 @@ class Sessions:
             self._watermark = Watermark() if key is None else Watermark(key=key)
         metrics.places.set(host.slots)
 
-    # ---- places --------------------------------------------------------------------------------------------
+    # ---- places ----------------------------------------------------------------------------------------
 
     @property
     def open_rooms(self) -> list[Room]:
@@ -128,7 +128,7 @@ class Sessions:
             self._waiting -= 1
             self.metrics.queue_depth.set(self._waiting)
 
-    # ---- sessions ------------------------------------------------------------------------------------------
+    # ---- sessions --------------------------------------------------------------------------------------
 
     @staticmethod
     def new_id() -> str:
@@ -182,7 +182,7 @@ class Sessions:
             raise NOWHERE
         return room
 
-    # ---- running -------------------------------------------------------------------------------------------
+    # ---- running ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Starts the host, and compiles all that a session needs, by running one."""

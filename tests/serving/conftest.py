@@ -44,6 +44,11 @@ class Served:
         assert answer.status_code == 201, answer.text
         return Session(self, answer.json())
 
+    def socket(self, path: str, protocols: list[str], **headers: str) -> Any:
+        """The test client would ask for a host of its own invention."""
+        host = {"Host": "127.0.0.1:8765"}
+        return self.client.websocket_connect(path, subprotocols=protocols, headers=host | headers)
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function, or a coroutine function, in the server's event loop."""
 
@@ -85,7 +90,7 @@ class Session:
 
     def stream(self, name: str = "token") -> Any:
         protocols = ["lavatar.v1", f"token.{self.told[name]}"]
-        return self.served.client.websocket_connect(f"{self.path}/stream", subprotocols=protocols)
+        return self.served.socket(f"{self.path}/stream", protocols)
 
 
 @contextlib.contextmanager

@@ -120,15 +120,17 @@ def test_pages_of_other_sites_are_refused(served: Served, origin: str) -> None:
     protocols = ["lavatar.v1", f"token.{session.told['token']}"]
     with (
         pytest.raises(WebSocketDisconnect) as refused,
-        served.client.websocket_connect(
-            f"{session.path}/stream", subprotocols=protocols, headers={"Origin": origin}
-        ),
+        served.socket(f"{session.path}/stream", protocols, Origin=origin),
     ):
         pass
     assert refused.value.code == 4403
 
 
 def test_the_own_page_is_not(served: Served) -> None:
+    session = served.open()
+    protocols = ["lavatar.v1", f"token.{session.told['token']}"]
+    with served.socket(f"{session.path}/stream", protocols, Origin="http://127.0.0.1:8765") as socket:
+        assert "stream.config" in socket.receive_text()
     answer = served.client.post("/v1/sessions", json={}, headers={"Origin": "http://127.0.0.1:8765"})
     assert answer.status_code == 201
 

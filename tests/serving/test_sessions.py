@@ -1,0 +1,428 @@
+"""A session over HTTP and over its WebSocket: media out, microphone and verbs in, wrong messages, the end."""
+
+import base64
+import errno
+import io
+import json
+import struct
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("aiortc")
+
+import av
+from starlette.websockets import WebSocketDisconnect
+
+from lavatar_jax.serving import recording
+from lavatar_jax.serving.media_ws import AUDIO, HEADER, KEYFRAME, VIDEO
+from tests.serving.conftest import Served, Session, picture, serving, wait_for, wav
+
+TONE = (8000 * np.sin(np.arange(16_000) / 5)).astype("<i2")
+
+
+class Socket:
+    """The page's side of the WebSocket."""
+
+    def __init__(self, socket) -> None:
+        self._socket = socket
+        self.events: list[dict] = []
+        self.media: list[tuple[int, int, int, float, bytes]] = []
+
+    def receive(self) -> None:
+        message = self._socket.receive()
+        if message["type"] == "websocket.close":
+            raise WebSocketDisconnect(message["code"], message.get("reason"))
+        if message.get("bytes") is not None:
+            kind, flags, zero, number, time_ = HEADER.unpack(message["bytes"][:16])
+            assert zero == 0
+            self.media.append((kind, flags, number, time_ / 1e6, message["bytes"][16:]))
+        else:
+            self.events.append(json.loads(message["text"]))
+
+    def event(self, kind: str, **about) -> dict:
+        for _ in range(2000):
+            for event in self.events:
+                if event["type"] == kind and about.items() <= event.items():
+                    self.events.remove(event)
+                    return event
+            self.receive()
+        raise AssertionError(f"no {kind}")
+
+    def say(self, **message) -> None:
+        self._socket.send_text(json.dumps(message))
+
+    def watch(self, seconds: float) -> None:
+        start = len([m for m in self.media if m[0] == AUDIO])
+        while len([m for m in self.media if m[0] == AUDIO]) < start + seconds * 25:
+            self.receive()
+
+
+def speak(**changes) -> dict:
+    return {"type": "agent.speak", "audio": base64.b64encode(TONE.tobytes()).decode()} | changes
+
+
+def test_what_a_session_tells_about_itself(served: Served) -> None:
+    config = served.client.get("/v1/config").json()
+    assert config["video"] == {"width": 128, "height": 128, "fps": 25}
+    face = served.client.get("/v1/faces").json()["faces"][0]
+    for name in ("thumbnail", "image"):
+        answer = served.client.get(face[name])
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.content.startswith(b"\x89PNG")
+    session = served.open(face=face["id"], prompt="smiling", options={"mode": "silent"})
+    told = session.told
+    assert set(told) == {
+        "id",
+        "token",
+        "viewer_token",
+        "expires_in",
+        "media",
+        "recording",
+        "speak",
+        "session",
+    }
+    about = session.request("GET").json()
+    assert about["state"] == "waiting"
+    assert (about["prompt"], about["mode"], about["face"]) == ("smiling", "silent", face["id"])
+    assert about["recording"] == {"state": "off", "seconds": 0.0, "bytes": 0}
+    changed = session.request("PATCH", json={"prompt": "sad", "mode": "echo"}).json()
+    assert (changed["prompt"], changed["mode"]) == ("sad", "echo")
+    assert session.fake.prompts == ["smiling", "sad"]
+    assert session.request("PATCH", json={"seed": 1}).status_code == 422
+    wait_for(lambda: session.request("GET").json()["stats"]["first_frame_ms"])
+    assert session.request("DELETE").status_code == 204
+    assert session.request("GET").json()["state"] == "closed"
+    assert session.request("POST", "/interrupt").status_code == 404
+
+
+def test_an_uploaded_face(served: Served) -> None:
+    files = {"image": ("me.jpg", picture("JPEG"), "image/jpeg")}
+    fields = {"consent": "true", "options": '{"seed": 5}', "prompt": "hello"}
+    answer = served.client.post("/v1/sessions", files=files, data=fields)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["session"]["face"] is None
+    assert answer.headers["location"] == f"/v1/sessions/{answer.json()['id']}"
+
+
+def test_media_over_a_websocket(served: Served) -> None:
+    session = served.open(options={"mode": "silent"})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        config = socket.event("stream.config")
+        assert config["video"]["width"] == 128
+        assert socket.event("session.state")["session"]["id"] == session.id
+        socket.watch(2.5)
+        videos = [m for m in socket.media if m[0] == VIDEO]
+        sounds = [m for m in socket.media if m[0] == AUDIO]
+        assert videos[0][1] & KEYFRAME  # a newcomer begins with a picture that needs no other
+        decoder = av.CodecContext.create("h264", "r")
+        frames = [frame for m in videos for frame in decoder.decode(av.Packet(m[4]))]
+        assert len(frames) >= len(videos) - 1
+        assert (frames[0].width, frames[0].height) == (128, 128)
+        assert [m[2] for m in sounds] == list(range(sounds[0][2], sounds[0][2] + len(sounds)))
+        assert {len(m[4]) for m in sounds} == {1280}
+        assert np.allclose(np.diff([m[3] for m in sounds]), 0.04)
+        assert {m[3] for m in videos} <= {m[3] for m in sounds}  # one clock
+        stats = socket.event("stats")
+        assert stats["clients"] == 1
+        assert stats["stats"]["fps"] == pytest.approx(25, abs=8)
+
+
+def test_speech_is_heard_where_it_is_seen(served: Served) -> None:
+    session = served.open(options={"mode": "silent"})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.event("session.state")
+        socket.say(**speak(event_id="a"))
+        socket.say(type="agent.speak_end")
+        started = socket.event("agent.speech_started")
+        socket.event("agent.speak_done")
+        ended = socket.event("agent.speech_ended")
+        assert ended["time"] - started["time"] == pytest.approx(1.4, abs=0.35)
+        loud = [
+            m[3] for m in socket.media if m[0] == AUDIO and np.abs(np.frombuffer(m[4], "<i2")).max() > 3000
+        ]
+        assert loud[0] == pytest.approx(started["time"], abs=0.1)
+        assert len(loud) == pytest.approx(25, abs=3)
+
+
+def test_the_microphone_is_echoed_unless_it_should_not(served: Served) -> None:
+    session = served.open()
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.event("session.state")
+        pushed = []
+        session.fake.push_audio = lambda samples: pushed.append(samples)
+
+        def send() -> int:
+            before = sum(map(len, pushed))
+            for at in range(0, 3200, 640):
+                raw.send_bytes(TONE[at : at + 640].tobytes())
+            socket.say(type="ping", t=7)
+            assert socket.event("pong")["t"] == 7
+            return sum(map(len, pushed)) - before
+
+        assert send() == 3200
+        socket.say(type="microphone", muted=True)
+        assert send() == 0
+        socket.say(type="microphone", muted=False, sample_rate=48_000)
+        assert 0 < send() < 1200
+        session.request("PATCH", json={"mode": "silent"})
+        assert send() == 0
+
+
+def test_interrupt_drops_what_waits(served: Served) -> None:
+    session = served.open(options={"mode": "silent"})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.event("session.state")
+        assert session.request("POST", "/speak", files={"audio": ("a", wav(30))}).status_code == 202
+        wait_for(lambda: session.fake.queued_seconds > 10)
+        socket.event("agent.speech_started")
+        socket.say(type="agent.interrupt")
+        socket.event("agent.interrupted")
+        assert session.fake.interrupts == 1
+        assert session.room.voice.queued == 0.0
+        socket.event("agent.speech_ended")
+
+
+def test_pieces_of_speech_are_levelled_and_bounded(tmp_path) -> None:
+    with serving(tmp_path, limits={"sound_seconds": 5.0}) as served:
+        session = served.open()
+        with session.stream() as raw:
+            socket = Socket(raw)
+            for number in range(8):
+                socket.say(**speak(event_id=number))
+            refused = socket.event("error")
+            assert refused["error"]["code"] == "too_large"
+            assert refused["event_id"] > 3
+
+
+WRONG = [
+    ("{", "bad_request"),
+    ("[]", "bad_request"),
+    ('{"type": 5}', "bad_request"),
+    ('{"type": "agent.fly"}', "bad_request"),
+    ('{"type": "agent.speak"}', "invalid"),
+    ('{"type": "agent.speak", "audio": "%%"}', "invalid"),
+    ('{"type": "agent.speak", "audio": "AAA="}', None),
+    ('{"type": "agent.speak", "audio": "AA=="}', "bad_request"),
+    ('{"type": "agent.speak", "audio": "AAA=", "format": "mp9"}', "invalid"),
+    ('{"type": "agent.speak", "audio": "AAA=", "format": "file"}', "unsupported_media"),
+    ('{"type": "agent.speak", "audio": "AAA=", "sample_rate": true}', "invalid"),
+    ('{"type": "agent.speak", "audio": "AAA=", "sample_rate": 1}', "invalid"),
+    ('{"type": "agent.set_prompt"}', "invalid"),
+    ('{"type": "agent.set_prompt", "prompt": ["x"]}', "invalid"),
+    ('{"type": "agent.say", "text": "x"}', "not_available"),
+    ('{"type": "microphone", "sample_rate": "x"}', "invalid"),
+    ('{"type": "recording.stop"}', "not_found"),
+]
+
+
+def test_wrong_messages_are_answered(tmp_path) -> None:
+    with serving(tmp_path, limits={"malformed": 100}) as served:
+        session = served.open()
+        with session.stream() as raw:
+            socket = Socket(raw)
+            for text, code in WRONG:
+                raw.send_text(text)
+                if code:
+                    assert socket.event("error")["error"]["code"] == code, text
+            nans = np.full(1000, np.nan, "<f4").tobytes()
+            for data in (b"", b"x", nans, bytes(70_000)):
+                raw.send_bytes(data)
+            assert socket.event("error")["error"]["code"] == "bad_request"  # half a sample
+            socket.say(type="ping", t=1)
+            socket.event("pong")
+        assert session.room.reason is None
+
+
+def test_who_sends_only_garbage_is_shown_the_door(served: Served) -> None:
+    session, other = served.open(), served.open()
+    with session.stream() as raw, other.stream() as undisturbed:
+        socket = Socket(raw)
+        for _ in range(20):
+            raw.send_bytes(b"\xff\xfe\xfd")
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.event("session.closed")
+        assert closed.value.code == 4400
+        watching = Socket(undisturbed)
+        watching.watch(1.0)
+    assert other.room.reason is None
+    assert session.room.reason is None  # it can be connected to again
+
+
+@pytest.mark.parametrize(("token", "code"), [("", 4401), ("wrong", 4401)])
+def test_sockets_need_the_token(served: Served, token: str, code: int) -> None:
+    session = served.open()
+    protocols = ["lavatar.v1", f"token.{token}"]
+    with served.socket(f"{session.path}/stream", protocols) as raw:
+        socket = Socket(raw)
+        assert socket.event("error")["error"]["code"] == "unauthorized"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive()
+        assert closed.value.code == code
+    assert not session.room.connections
+
+
+def test_viewers_see_and_are_not_heard(served: Served) -> None:
+    session = served.open()
+    with session.stream("viewer_token") as raw:
+        socket = Socket(raw)
+        socket.say(type="agent.interrupt")
+        assert socket.event("error")["error"]["code"] == "viewer_only"
+        raw.send_bytes(TONE.tobytes())
+        assert socket.event("error")["error"]["code"] == "viewer_only"
+        socket.watch(0.5)
+        about = session.request("GET").json()
+        assert (about["clients"], about["viewers"]) == (0, 1)
+    assert session.fake.interrupts == 0
+
+
+def test_connections_of_one_session(tmp_path) -> None:
+    with serving(tmp_path, limits={"connections": 1}) as served:
+        session = served.open()
+        with session.stream() as raw:
+            Socket(raw).event("session.state")
+            with session.stream() as second:
+                socket = Socket(second)
+                assert socket.event("error")["error"]["code"] == "rate_limited"
+
+
+def test_a_client_that_does_not_read_disturbs_nobody(served: Served) -> None:
+    """What it misses is left out, and it goes on with a keyframe."""
+    session = served.open()
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.watch(0.5)
+        connection = session.room.connections[0]
+        real, connection._socket.send_bytes = connection._socket.send_bytes, _never
+        time.sleep(3.0)
+        connection._socket.send_bytes = real
+        assert connection._out.qsize() <= 60
+        assert served.services.metrics.dropped_frames._value.get() >= 1
+
+
+async def _never(data: bytes) -> None:
+    import asyncio
+
+    await asyncio.sleep(3.0)
+
+
+def test_a_session_survives_its_clients_reconnect(tmp_path) -> None:
+    with serving(tmp_path, reconnect=1.5) as served:
+        session = served.open()
+        for _ in range(3):
+            with session.stream() as raw:
+                Socket(raw).watch(0.3)
+            time.sleep(0.7)
+            assert session.request("GET").json()["state"] == "waiting"
+        wait_for(lambda: session.room.reason)
+        assert session.room.reason["code"] == "client_gone"
+
+
+def test_recording(served: Served) -> None:
+    session = served.open()
+    assert session.request("GET", "/recording").status_code == 404
+    assert session.request("DELETE", "/recording").status_code == 404
+    assert session.request("POST", "/recording").status_code == 201
+    assert session.request("POST", "/recording").status_code == 409
+    wait_for(lambda: session.request("GET", "/recording").status_code == 200)
+    early = session.request("GET", "/recording")
+    assert early.headers["content-type"] == "video/mp4"
+    assert frames_of(early.content) >= 12  # while it goes on
+    link = session.request("POST", "/recording/link").json()
+    stopped = session.request("DELETE", "/recording").json()
+    assert stopped["state"] == "off"
+    whole = served.client.get(link["url"])  # without any header
+    assert "attachment" in whole.headers["content-disposition"]
+    assert frames_of(whole.content) == pytest.approx(25 * stopped["seconds"], abs=1)
+    assert served.client.get(link["url"]).status_code == 404  # once
+    path = session.room.recording.path
+    assert session.request("DELETE").status_code == 204
+    assert session.request("GET", "/recording").status_code == 200
+    served.call(session.room.forget)
+    assert not path.exists()
+
+
+def frames_of(data: bytes) -> int:
+    with av.open(io.BytesIO(data)) as file:
+        return sum(1 for _ in file.decode(video=0))
+
+
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(recording._Appended):
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(recording, "_Appended", Full)
+    session = served.open(options={"record": True})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        failed = socket.event("recording.failed")["error"]
+        assert "disk is full" in failed["message"]
+        assert "/" not in failed["message"]
+        socket.watch(0.5)
+    assert session.request("GET").json()["recording"]["state"] == "failed"
+
+
+def test_clients_are_told_when_the_server_stops(served: Served) -> None:
+    session = served.open(options={"record": True})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.watch(1.5)
+        file = session.room.recording
+        served.client.portal.start_task_soon(served.services.sessions.stop)
+        assert socket.event("session.closed")["reason"]["code"] == "shutdown"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.event("never")
+        assert closed.value.code == 1001
+    assert file.state == "off"
+    wait_for(lambda: served.host.closed)
+    answer = served.client.post("/v1/sessions", json={})
+    assert answer.json()["error"]["code"] == "stopping"
+    assert served.client.get("/readyz").status_code == 503
+    assert served.client.get("/healthz").status_code == 200
+
+
+def test_a_session_that_fails_is_told_and_others_go_on(served: Served) -> None:
+    session, other = served.open(), served.open()
+    with session.stream() as raw:
+        socket = Socket(raw)
+        socket.watch(0.3)
+        session.fake.read = None
+        assert socket.event("session.closed")["reason"]["code"] == "failed"
+    assert other.request("GET").json()["state"] == "waiting"
+
+
+def test_metrics(served: Served) -> None:
+    session = served.open()
+    with session.stream() as raw:
+        Socket(raw).watch(1.5)
+        text = served.client.get("/metrics").text
+    names = (
+        "block_seconds_count real_time_factor ttff_seconds_count silence_to_speech_seconds_count queue_depth"
+    )
+    for name in f"{names} underruns_total sessions viewers dropped_frames_total recompiles_total".split():
+        assert f"\nlavatar_{name} " in text
+    value = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(value["lavatar_block_seconds_count"]) >= 1
+    assert float(value["lavatar_ttff_seconds_count"]) == 1
+    assert float(value["lavatar_viewers"]) == 1
+    assert float(value["lavatar_frames_total"]) > 20
+
+
+def test_the_header_is_sixteen_bytes() -> None:
+    assert HEADER.size == 16
+    assert HEADER.pack(1, 1, 0, 5, 40_000.0) == b"\1\1\0\0\5\0\0\0" + struct.pack("<d", 40_000.0)
+
+
+def test_sessions_do_not_see_each_other(served: Served) -> None:
+    one, other = served.open(prompt="my secret"), served.open()
+    assert "secret" not in json.dumps(other.request("GET").json())
+    assert served.client.get(f"/v1/sessions/{one.id}", headers=Session.bearer(other)).status_code == 401
