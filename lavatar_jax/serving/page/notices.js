@@ -1,0 +1,30 @@
+// What the page says in words: a status, a message that can be closed, and a veil over the avatar.
+
+const $ = (id) => document.getElementById(id);
+
+let fading = null;
+
+export function status(text) {
+  if ($("status").textContent !== text) $("status").textContent = text;
+}
+
+// Empty: nothing is wrong any more. `seconds`: good news need not stay.
+export function notice(text, { seconds = 0, kind = "problem" } = {}) {
+  clearTimeout(fading);
+  $("notice-text").textContent = text ?? "";
+  $("notice").hidden = !text;
+  $("notice").dataset.kind = kind;
+  if (seconds) fading = setTimeout(notice, 1000 * seconds, null);
+}
+
+// `count`: seconds to show; they are not read out each time. `cancel`: the button's word.
+export function veil(text, { count = null, busy = true, cancel = null } = {}) {
+  $("veil").hidden = !text;
+  $("veil").classList.toggle("waits", busy);
+  if ($("veil-text").textContent !== text) $("veil-text").textContent = text ?? "";
+  $("veil-count").textContent = count === null ? "" : `${count} s`;
+  $("veil-cancel").hidden = !cancel;
+  if (cancel) $("veil-cancel").textContent = cancel;
+}
+
+$("notice-close").onclick = () => notice(null);
