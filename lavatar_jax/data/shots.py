@@ -24,7 +24,7 @@ def find_cuts(thumbnails: NDArray[np.uint8]) -> list[int]:
         return []
     change = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2))  # change[t]: from frame t to t + 1
     cuts = []
-    for t in np.flatnonzero(change > JUMP):
+    for t in map(int, np.flatnonzero(change > JUMP)):
         low = max(0, t - AROUND)
         others = np.delete(change[low : t + AROUND + 1], t - low)
         if len(others) and change[t] < OUTSTANDING * np.quantile(others, USUAL):
@@ -35,7 +35,7 @@ def find_cuts(thumbnails: NDArray[np.uint8]) -> list[int]:
         after = frames[t + 1 : t + 2 + FLASH]
         back = np.abs(before[:, None] - after[None]).mean(axis=(2, 3)).min()
         if back > 0.5 * change[t]:
-            cuts.append(int(t) + 1)
+            cuts.append(t + 1)
     return cuts
 
 
