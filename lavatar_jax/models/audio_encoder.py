@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lavatar_jax.config import DiTConfig
-from lavatar_jax.models.layers import Linear, layer_norm
+from lavatar_jax.models.layers import Linear, layer_norm, widen
 
 # The strided convolutions look back 8 feature frames, so 5 copies of the first frame (one latent frame
 # and one more, the fifth aligns the strides) give the numbers of the reference's 73 copies.
@@ -38,13 +38,13 @@ class CausalConv1d(nnx.Module):
         self.stride = stride
 
     def __call__(self, x_BTC: Float[Array, "B T I"]) -> Float[Array, "B t O"]:
-        weight = self.weight[...].astype(jnp.float32)  # the whole encoder is a float32 island
+        weight = widen(self.weight[...])  # the whole encoder is a float32 island
         first = jnp.repeat(x_BTC[:, :1], 2, axis=1)
-        x = jnp.concatenate([first, x_BTC], axis=1).astype(jnp.float32)
+        x = jnp.concatenate([first, x_BTC], axis=1).astype(weight.dtype)
         y = jax.lax.conv_general_dilated(
             x, weight, (self.stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
         )
-        return y + self.bias[...].astype(jnp.float32)
+        return y + widen(self.bias[...])
 
 
 def _norm_silu(x: Array) -> Array:
@@ -71,7 +71,7 @@ class CausalAudioEncoder(nnx.Module):
 
     def __call__(self, features_BLAT: Float[Array, "B L A T"]) -> AudioTokens:
         """-> tokens of ceil(ceil(T / 2) / 2) latent frames, one speaker."""
-        weights = jax.nn.silu(self.layer_weights[...].astype(jnp.float32))
+        weights = jax.nn.silu(widen(self.layer_weights[...]))
         mixed = jnp.einsum("BLAT,L->BTA", features_BLAT, weights / weights.sum())
         batch, time, _ = mixed.shape
 

@@ -19,7 +19,7 @@ from lavatar_jax.config import DiTConfig
 from lavatar_jax.models.attention import KV, Attention
 from lavatar_jax.models.audio_encoder import AudioTokens, CausalAudioEncoder
 from lavatar_jax.models.audio_injector import AudioInjector
-from lavatar_jax.models.layers import MLP, LayerNorm, Linear, PatchEmbed, gelu_tanh, layer_norm, spread
+from lavatar_jax.models.layers import MLP, LayerNorm, Linear, PatchEmbed, gelu_tanh, layer_norm, spread, widen
 from lavatar_jax.models.motion_packer import MotionPacker
 from lavatar_jax.parallel import gather_parts, is_sharded, split_samples
 
@@ -68,7 +68,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """`attend(q, kv)` does the self-attention (rope, cache, mask) and may return a new state."""
         dtype = x_BTD.dtype
-        rows = self.modulation[...].astype(jnp.float32) + e0_BR6D
+        rows = widen(self.modulation[...]) + e0_BR6D
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             spread(rows[:, :, i], *sequence) for i in range(6)
         )
@@ -107,7 +107,7 @@ class Head(nnx.Module):
         Rows and columns of the latent that do not fill a patch are cut off.
         """
         batch, frames, height = latent_BFHWC.shape[:3]
-        e = self.modulation[...].astype(jnp.float32)[:, None] + e_BFD[:, None]  # [B, 2, F, D]
+        e = widen(self.modulation[...])[:, None] + e_BFD[:, None]  # [B, 2, F, D]
         shift, scale = (spread(e[:, i], frames, x_BTD.shape[1] // frames, 0) for i in range(2))
         y = self.linear(layer_norm(x_BTD) * (1 + scale) + shift)
         p, rows = self.patch, height // self.patch

@@ -11,8 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
+def widen(x: Array) -> Array:
+    """At least float32, the precision of what bfloat16 is too coarse for; float64 stays, for exact checks."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Linear(nnx.Module):
-    """`x @ weight + bias`, weight [in, out]; computes in the weight's dtype, or in float32 if asked to.
+    """`x @ weight + bias`, weight [in, out]; computes in the weight's dtype, or at least float32 if asked to.
 
     In place of the array, `weight` may hold a `quant.QuantizedWeight` or a `lora.AdaptedWeight`; the result
     then has the bias's dtype.
@@ -30,7 +35,7 @@ class Linear(nnx.Module):
         weight, bias = self.weight.get_value(), self.bias[...]
         if not isinstance(weight, jax.Array):
             return (x.astype(bias.dtype) @ weight + bias).astype(bias.dtype)
-        dtype = jnp.float32 if self.float32 else weight.dtype
+        dtype = jnp.promote_types(weight.dtype, jnp.float32) if self.float32 else weight.dtype
         return x.astype(dtype) @ weight.astype(dtype) + bias.astype(dtype)
 
 
@@ -45,14 +50,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
+        x32 = widen(x)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * self.weight[...]
 
 
 def layer_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
-    """Layer norm without affine parameters, computed and returned in float32."""
-    x = x.astype(jnp.float32)
+    """Layer norm without affine parameters, computed and returned in (at least) float32."""
+    x = widen(x)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + eps)
@@ -92,7 +97,7 @@ class MLP(nnx.Module):
 
 def gelu_tanh(x: Array) -> Array:
     """Computed in float32 as PyTorch does: in bfloat16 already the constants would be off by 0.1 %."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    return jax.nn.gelu(widen(x), approximate=True).astype(x.dtype)
 
 
 class PatchEmbed(nnx.Module):

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lavatar_jax.models.layers import widen
+
 THETA = 10_000.0
 REFERENCE_FRAME = 30  # where the reference image sits in time until it starts to roll
 
@@ -152,9 +154,9 @@ def concatenate(*ropes: Rope) -> Rope:
 
 
 def apply_rope(x_BTNH: Float[Array, "B T N H"], table: Rope) -> Float[Array, "B T N H"]:
-    """Rotate the channel pairs (2i, 2i+1) of every head; computed in float32."""
+    """Rotate the channel pairs (2i, 2i+1) of every head; computed in (at least) float32."""
     # Sizes are spelled out, since -1 cannot be inferred of zero tokens (no sink).
-    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], x_BTNH.shape[-1] // 2, 2)
+    pairs = widen(x_BTNH).reshape(*x_BTNH.shape[:-1], x_BTNH.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = table.cos[..., None, :], table.sin[..., None, :]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
