@@ -14,6 +14,7 @@ from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.serving import routes_info, routes_media, routes_sessions
 from lavatar_jax.serving.config import Limits, ServerConfig
 from lavatar_jax.serving.consent import ConsentLog
+from lavatar_jax.serving.credentials import Credentials
 from lavatar_jax.serving.errors import Catch, add_error_handlers
 from lavatar_jax.serving.faces import load_faces
 from lavatar_jax.serving.limits import BodyLimit, Rate, RateLimit
@@ -33,11 +34,13 @@ def create_app(host: SessionHost, config: ServerConfig) -> FastAPI:
     """A server of a host that has not been started. Raises UserError."""
     metrics = Metrics()
     faces, tts = load_faces(config.faces), find_tts(config.tts, config.tts_url)
-    limits = config.limits
+    limits, sign = config.limits, None
+    if config.c2pa_certificate is not None and config.c2pa_key is not None:
+        sign = Credentials(config.c2pa_certificate, config.c2pa_key).sign
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        sessions = Sessions(host, config, metrics)
+        sessions = Sessions(host, config, metrics, sign)
         speech = Speech(tts, limits, level=sessions.listens_to_loudness)
         app.state.services = Services(
             config=config,

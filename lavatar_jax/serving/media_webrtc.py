@@ -227,7 +227,8 @@ def checked_offer(sdp: str) -> SessionDescription:
         if kinds.count(kind) > 1:
             raise ApiError(400, "bad_request", f"Offer one {kind} at most.")
     for media in offer.media:
-        if not (media.ice.usernameFragment and media.ice.password and media.dtls and media.dtls.fingerprints):
+        ice, dtls = media.ice, media.dtls
+        if not (ice and ice.usernameFragment and ice.password and dtls and dtls.fingerprints):
             raise ApiError(400, "bad_request", "The offer says nothing about ICE or DTLS.")
         if media.kind == "video" and media.port:
             kept = {codec.payloadType for codec in media.rtp.codecs if codec.mimeType.lower() == "video/h264"}

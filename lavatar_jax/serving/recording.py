@@ -36,6 +36,7 @@ class Recording:
         self.frames = 0
         self.state = "on"  # off, failed
         self.error: str | None = None
+        self.signed = False
         self._lock = threading.Lock()
         with write_errors(NAME):
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in close()
@@ -54,7 +55,12 @@ class Recording:
 
     def about(self) -> dict[str, object]:
         """As clients see it."""
-        return {"state": self.state, "seconds": round(self.seconds, 2), "bytes": self.bytes}
+        return {
+            "state": self.state,
+            "seconds": round(self.seconds, 2),
+            "bytes": self.bytes,
+            "signed": self.signed,
+        }
 
     def write(self, moments: list[Moment]) -> None:
         """Raises UserError when the disk is full or the file is as long as it may be; it is closed then, and

@@ -8,11 +8,14 @@ import dataclasses
 import datetime
 import json
 import logging
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from lavatar_jax.errors import UserError
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.serving.broadcast import Broadcast
 from lavatar_jax.serving.config import ServerConfig
@@ -26,6 +29,7 @@ from lavatar_jax.serving.voice import Voice
 
 log = logging.getLogger(__name__)
 MODES = ("echo", "silent")
+NO_RECORDING = {"state": "off", "seconds": 0.0, "bytes": 0, "signed": False}
 SPEECH_ENDS = 0.4  # seconds of silence
 
 REASONS = {
@@ -78,6 +82,7 @@ class Room:
         prompt: str,
         mode: str,
         recordings: Path,
+        sign: Callable[[Path], None] | None = None,
     ) -> None:
         self.identity, self.session, self.prompt = identity, session, prompt
         self.connections: list[Connection] = []
@@ -92,10 +97,11 @@ class Room:
             on_done=lambda: self.tell({"type": "agent.speak_done"}),
         )  # fmt: skip
         self._size, self._fps = (encoder.video.height, encoder.video.width), fps
-        self._config, self._metrics, self._folder = config, metrics, recordings
+        self._config, self._metrics, self._folder, self._sign = config, metrics, recordings, sign
         self._created = datetime.datetime.now(datetime.UTC)
         self._started = time.monotonic()
         self._first_frame_ms: float | None = None
+        self._completing = threading.Lock()
         self._speaking_until: float | None = None
         self._sent_at: deque[float] = deque(maxlen=2 * fps)
         self._broadcast = Broadcast(
@@ -186,9 +192,7 @@ class Room:
             "viewers": sum(not connection.controls for connection in self.connections),
             "speaking": self._speaking_until is not None,
             "queued_ms": round(1e3 * self.voice.queued),
-            "recording": self.recording.about()
-            if self.recording
-            else {"state": "off", "seconds": 0.0, "bytes": 0},
+            "recording": self.recording.about() if self.recording else NO_RECORDING,
             "stats": self._stats(),
         }
         return about if self.reason is None else about | {"reason": self.reason}
@@ -271,10 +275,22 @@ class Room:
         if recording is None:
             raise ApiError(404, "not_found", "There is no recording of this session.")
         was_on = recording.state == "on"
-        await asyncio.to_thread(recording.close)
+        await asyncio.to_thread(self._complete, recording)
         if was_on:
             self.tell({"type": "recording.stopped", "recording": recording.about()})
         return recording
+
+    def _complete(self, recording: Recording) -> None:
+        """Closes and signs a recording, once; blocks."""
+        recording.close()
+        with self._completing:
+            if self._sign is None or recording.signed or not recording.frames:
+                return
+            try:
+                self._sign(recording.path)
+                recording.signed = True
+            except UserError as error:
+                log.warning("%s", error, extra={"session": self.identity.id})
 
     def _recording_failed(self, message: str) -> None:
         log.warning("recording failed: %s", message, extra={"session": self.identity.id})
@@ -303,7 +319,7 @@ class Room:
             self.voice.stop()
             await asyncio.to_thread(self._broadcast.join)
             if self.recording is not None:
-                await asyncio.to_thread(self.recording.close)
+                await asyncio.to_thread(self._complete, self.recording)
             await asyncio.sleep(0.05)  # last words are on their way
             for connection in {*self.connections, *self.calls.values()}:
                 with contextlib.suppress(Exception):

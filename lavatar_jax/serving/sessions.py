@@ -9,7 +9,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,16 @@ class Opened:
 class Sessions:
     """For the event loop's thread. `start` compiles; `watch` is to run as a task; `stop` ends everything."""
 
-    def __init__(self, host: SessionHost, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        host: SessionHost,
+        config: ServerConfig,
+        metrics: Metrics,
+        sign: Callable[[Path], None] | None = None,
+    ) -> None:
+        """`sign`: signs a finished recording."""
         model = host.avatar.config
-        self.host, self.config, self.metrics = host, config, metrics
+        self.host, self.config, self.metrics, self._sign = host, config, metrics, sign
         self.size = video_size(*host.size, config.rows)
         self.fps = model.fps
         self.listens_to_loudness = model.speech is None  # wav2vec2 normalises by itself
@@ -161,6 +168,7 @@ class Sessions:
             identity, session, Encoder(self.size, self.fps, self.config.bit_rate, self._watermark),
             self.config, self.metrics, fps=self.fps, block_seconds=self._block_seconds,
             level=self.listens_to_loudness, prompt=prompt, mode=mode, recordings=self.recordings,
+            sign=self._sign,
         )  # fmt: skip
         self.rooms[identity.id] = room
         return room

@@ -87,7 +87,7 @@ def test_what_a_session_tells_about_itself(served: Served) -> None:
     about = session.request("GET").json()
     assert about["state"] == "waiting"
     assert (about["prompt"], about["mode"], about["face"]) == ("smiling", "silent", face["id"])
-    assert about["recording"] == {"state": "off", "seconds": 0.0, "bytes": 0}
+    assert about["recording"] == {"state": "off", "seconds": 0.0, "bytes": 0, "signed": False}
     changed = session.request("PATCH", json={"prompt": "sad", "mode": "echo"}).json()
     assert (changed["prompt"], changed["mode"]) == ("sad", "echo")
     assert session.fake.prompts == ["smiling", "sad"]

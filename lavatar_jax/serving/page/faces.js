@@ -33,6 +33,14 @@ export class Faces {
     return { image, consent: true, ...(name && { consent_name: name }) };
   }
 
+  // A session that goes on after a reload has this face; null: a picture that only the server knows.
+  mark(face) {
+    const radio = face && this.list.querySelector(`input[value="${CSS.escape(face)}"]`);
+    if (!radio || radio.checked) return;
+    radio.checked = true;
+    this.#choose();
+  }
+
   get #selected() {
     return this.list.querySelector("input:checked");
   }

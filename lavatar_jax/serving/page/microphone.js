@@ -17,6 +17,7 @@ export class Microphone {
   rate = 48000;
   onLevel = () => {}; // decibels of full scale, 50 times a second
   onPiece = () => {}; // Int16Array of 20 ms
+  onOpened = () => {};
   onLost = () => {};
 
   get open() {
@@ -51,6 +52,7 @@ export class Microphone {
       this.onLost();
     });
     await this.#listen(stream);
+    this.onOpened();
   }
 
   async #listen(stream) {

@@ -22,13 +22,17 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 export function showNumbers(here, there) {
   const voice = known(there?.silence_to_speech_ms) ? there.silence_to_speech_ms + (here.screen ?? 0) : null;
   const shown = {
-    "frames/s": here.fps.toFixed(0),
+    picture: `${here.fps.toFixed(0)} frames/s`,
     "first frame": known(here.firstFrame) && inSeconds(here.firstFrame),
     "voice to mouth": known(voice) && inSeconds(voice),
     "server to screen": known(here.screen) && inMilliseconds(here.screen),
     over: here.way,
   };
-  fill($("numbers"), shown, (name, value) => [term(name), detail(value)]);
+  fill($("numbers"), shown, (name, value) => {
+    const pair = document.createElement("div");
+    pair.append(term(name), detail(value));
+    return [pair];
+  });
   if ($("costs").open && there) showParts({ ...there.parts_ms, screen: here.screen }, there);
 }
 

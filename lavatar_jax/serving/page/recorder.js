@@ -8,26 +8,23 @@ const $ = (id) => document.getElementById(id);
 const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
 
 export class Recorder {
-  #session;
   #url = null;
 
   on = false;
 
-  constructor(session) {
-    this.#session = session;
-    $("record").onclick = () => this.#toggle();
+  // `session()`: the one that runs now. `marked`: files carry a mark that no eye sees.
+  constructor(session, { marked }) {
+    this.marked = marked;
+    $("record").onclick = () => session()?.kept && this.#toggle(session().kept);
   }
 
-  async #toggle() {
-    const { kept } = this.#session() ?? {};
-    if (!kept) return;
+  async #toggle(kept) {
     try {
-      if (this.on) await api.stopRecording(kept);
+      if (this.on) await api.stopRecording(kept); // an event tells that it is done
       else this.show(await api.record(kept));
     } catch (problem) {
-      return notice(problem.message);
+      notice(problem.message);
     }
-    if (this.on && $("record").getAttribute("aria-pressed") === "true") return;
   }
 
   // What the server says about the recording.
@@ -45,7 +42,8 @@ export class Recorder {
       if (this.#url) URL.revokeObjectURL(this.#url);
       this.#url = URL.createObjectURL(file);
       $("playback").src = $("download").href = this.#url;
-      $("recording-about").textContent = `MP4, ${(file.size / 1e6).toFixed(1)} MB, marked as AI-generated`;
+      const mark = this.marked ? ", invisibly marked as AI-generated" : "";
+      $("recording-about").textContent = `MP4, ${(file.size / 1e6).toFixed(1)} MB${mark}`;
       $("recording").hidden = false;
     } catch (problem) {
       notice(`The recording cannot be fetched. ${problem.message}`);

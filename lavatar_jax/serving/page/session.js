@@ -6,6 +6,7 @@ import * as websocket from "./websocket.js";
 
 const WAITS = new Set(["busy", "starting", "rate_limited"]);
 const GONE = new Set(["unauthorized", "not_found", "stopping"]);
+const FIRST_FRAME = 6000; // milliseconds; without one, another way may do better
 const SILENT = 5000; // milliseconds without an event, of which there is one every second: the line is dead
 const KEPT = "session"; // in sessionStorage: what a reload of the page goes on with
 
@@ -19,6 +20,7 @@ export class Session {
   #cancelled = new AbortController();
   #heard = 0;
   #over = false;
+  #seen = () => {};
 
   kept = null; // id and token
 
@@ -29,7 +31,10 @@ export class Session {
     this.#ways = Object.entries(known)
       .filter(([name, way]) => (force ? name === force : way.supported()))
       .map(([, way]) => way);
-    screen.onFirstFrame = () => this.#over || changed("live");
+    screen.onFirstFrame = () => {
+      if (!this.#over) changed("live");
+      this.#seen(true);
+    };
   }
 
   get way() {
@@ -84,14 +89,26 @@ export class Session {
         const opened = await way.connect({ kept, config, microphone, view, told, lost });
         if (this.#over) return opened.close();
         this.#way = opened;
-        this.#ways = [way]; // the others did not work, or are not needed
-        return this.#watch(opened);
+        const isLast = way === this.#ways.at(-1);
+        if (isLast || (await this.#sees())) {
+          this.#ways = [way, ...this.#ways.filter((other) => other !== way)];
+          return this.#watch(opened);
+        }
+        opened.close();
       } catch (failure) {
         problem = failure;
         if (GONE.has(failure.code) || failure.code === "unreachable") break;
       }
     }
     throw problem;
+  }
+
+  // Whether a frame comes.
+  #sees() {
+    return new Promise((resolve) => {
+      this.#seen = resolve;
+      setTimeout(resolve, FIRST_FRAME, false);
+    });
   }
 
   #watch(way) {
