@@ -250,7 +250,10 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _look(path: Path, detect: Detector) -> Survey:
-    times, thumbnails, looks, size, next_look = [], [], {}, (0, 0), -np.inf
+    times: list[float] = []
+    thumbnails: list[np.ndarray] = []
+    looks: dict[int, list[Box]] = {}
+    size, next_look = (0, 0), -np.inf
     for seconds, frame in _decode(path):
         if times and seconds < times[-1]:
             seconds = times[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,8 @@ def haar_detector() -> Detector:
         raise UserError(
             "finding faces needs OpenCV: pip install 'lavatar-jax[data]', or give --faces any"
         ) from None
-    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    cascades = Path(cv2.__file__).parent / "data"
+    cascade = cv2.CascadeClassifier(str(cascades / "haarcascade_frontalface_alt2.xml"))
 
     def detect(picture: NDArray[np.uint8]) -> list[Box]:
         scale = min(1.0, WIDEST / picture.shape[1])

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 from array_record.python import array_record_module
 
-from lavatar_jax.data.records import Record, decode_record
+from lavatar_jax.data.records import Record, decode_record, shapes
 from lavatar_jax.data.shards import read_dataset, read_manifest
 from lavatar_jax.data.skipped import SkippedLog
 from lavatar_jax.errors import UserError
@@ -123,9 +124,9 @@ class ShardSource:
         try:
             record = decode_record(self._reader(shard).read([offset])[0])
             if record["id"] != self.ids[number]:
-                raise ValueError(
-                    f"the manifest expects {self.ids[number]} there, the shard has {record['id']}"
-                )
+                raise ValueError(f"holds {record['id']}, not {self.ids[number]} as the manifest says")
+            if _batched(shapes(record)) != self.buckets[self._bucket[number]].shapes:
+                raise ValueError("its shapes are not those of the manifest")
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise CorruptRecordError(f"{self.shards[shard]}, offset {offset}: {reason}") from None
@@ -137,20 +138,16 @@ class ShardSource:
         Raises CorruptRecordError.
         """
         record = self.record(number)
-        row = {
-            name: np.asarray(value, np.float32)
-            for name, value in record.items()
-            if not isinstance(value, str)
-        }
-        row.pop("spread", None)
+        arrays = {name: value for name, value in record.items() if not isinstance(value, str)}
+        row: Batch = {name: value.astype(np.float32) for name, value in arrays.items() if name != "spread"}
         for name in NORMALISED:
             if name in row:
                 row[name] = (row[name] - self.mean) / self.std
         row["audio"] = row["audio"][None]  # one speaker
         size = row["latent"].shape[1:3]
-        row["mouth"] = row["mouth"] / 255 if "mouth" in row else np.ones(size, np.float32)
+        row["mouth"] = row["mouth"] / np.float32(255) if "mouth" in row else np.ones(size, np.float32)
         row["text"] = self._text(str(record["caption"]), row.get("text"))
-        return {**row, "record": np.int32(number)}
+        return {**row, "record": np.asarray(number, np.int32)}
 
     def read_batch(self, numbers: np.ndarray) -> Batch:
         """Rows of one bucket, stacked. Where a record cannot be read, another one of the bucket stands in."""
@@ -200,9 +197,13 @@ def _buckets(rows: list[dict]) -> list[Bucket]:
     """Records by their shapes, in order of first appearance."""
     groups: dict[tuple, list[int]] = {}
     for number, row in enumerate(rows):
-        sizes = {name: tuple(shape) for name, shape in row["shapes"].items() if name not in UNBATCHED}
-        groups.setdefault(tuple(sorted(sizes.items())), []).append(number)
+        groups.setdefault(tuple(sorted(_batched(row["shapes"]).items())), []).append(number)
     return [Bucket(shapes=dict(key), records=np.array(records)) for key, records in groups.items()]
+
+
+def _batched(sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes that must be equal in a batch."""
+    return {name: tuple(shape) for name, shape in sizes.items() if name not in UNBATCHED}
 
 
 @dataclasses.dataclass(frozen=True)
