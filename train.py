@@ -1,10 +1,14 @@
-"""Train a stage: `python train.py configs/tiny_vae.py --train.seconds 1800 --out runs/vae`; see `--help`."""
+"""Train a stage: `python train.py configs/tiny_vae.py --train.seconds 1800 --out runs/vae`.
+
+See docs/training.md. `--plan` only says what memory it needs on how many devices.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ import tyro
 from lavatar_jax.cli import keep_compilations, run
 from lavatar_jax.errors import UserError
 
-USAGE = "usage: python train.py configs/NAME.py [--option value ...]; configs/NAME.py --help lists them"
+USAGE = (
+    "usage: python train.py configs/NAME.py [--plan] [--option value ...]; configs/NAME.py --help lists them"
+)
 
 
 def load_config(path: str) -> Any:
@@ -37,15 +43,37 @@ def main(arguments: list[str]) -> None:
         return
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"no config is named; {USAGE}")
-    default = load_config(arguments[0])
-    config = tyro.cli(type(default), default=default, args=arguments[1:], prog=f"train.py {arguments[0]}")
+    path, *options = arguments
+    default = load_config(path)
+    only_plan = "--plan" in options
+    options = [option for option in options if option != "--plan"]
+    config = tyro.cli(type(default), default=default, args=options, prog=f"train.py {path}")
 
+    if only_plan:
+        from lavatar_jax.training.plan import plan_text
+        from lavatar_jax.training.subjects import subject
+
+        print(plan_text(config, subject(config)))
+        return
+
+    from lavatar_jax.training.distributed import initialize
     from lavatar_jax.training.stages import train
 
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    initialize(config.distributed)
+    write_config(config)
     train(config)
+
+
+def write_config(config: Any) -> None:
+    """`config.json` in the run's folder, by the first process."""
+    import jax
+
+    if jax.process_index() == 0:
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / "config.json.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        os.replace(temporary, out / "config.json")
 
 
 if __name__ == "__main__":
