@@ -261,6 +261,11 @@ class SessionHost:
         self._thread = threading.Thread(target=self.run_forever, name="sessions", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread that `start` made is at work; after a failure of the pipeline it is not."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self, reason: str = "the server stops") -> None:
         """Closes all sessions and ends the thread."""
         self._stopping.set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
@@ -26,7 +25,6 @@ from lavatar_jax.serving.sessions import Sessions
 from lavatar_jax.serving.speech import Speech
 from lavatar_jax.serving.tts import find_tts
 
-log = logging.getLogger(__name__)
 FORM_BYTES = 64 << 10  # what is around an upload
 
 
@@ -51,7 +49,7 @@ def create_app(host: SessionHost, config: ServerConfig) -> FastAPI:
             consents=ConsentLog(config.data / "consent.jsonl"),
             creations=Rate(limits.creations_per_minute / 60, limits.creations_burst),
         )
-        starting = asyncio.create_task(_start(sessions))
+        starting = asyncio.create_task(sessions.start())
         watching = asyncio.create_task(sessions.watch())
         yield
         watching.cancel()
@@ -78,13 +76,6 @@ def create_app(host: SessionHost, config: ServerConfig) -> FastAPI:
     app.add_middleware(SameSite, names=own, any_address=not is_loopback(config.host))
     app.add_middleware(AccessLog)
     return app
-
-
-async def _start(sessions: Sessions) -> None:
-    try:
-        await sessions.start()
-    except Exception:
-        log.exception("the model cannot be started")
 
 
 def _largest(limits: Limits) -> Callable[[str], int]:

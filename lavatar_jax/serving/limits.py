@@ -78,10 +78,13 @@ class RateLimit:
         self._app, self._rate = app, rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz"):
+        if scope["type"] != "lifespan" and scope["path"] not in ("/healthz", "/readyz"):
             try:
                 self._rate.take(client_address(scope))
             except ApiError as error:
+                if scope["type"] == "websocket":
+                    await receive()
+                    return await send({"type": "websocket.close", "code": 4429, "reason": error.code})
                 answer = JSONResponse(error.body(), error.status, error.headers())
                 return await answer(scope, receive, send)
         await self._app(scope, receive, send)

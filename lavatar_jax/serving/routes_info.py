@@ -41,7 +41,10 @@ async def page_file(path: str) -> Response:
 
 
 @router.get("/healthz", tags=["server"], summary="Is the process alive")
-async def healthz() -> dict[str, str]:
+async def healthz(request: Request) -> dict[str, str]:
+    sessions = services(request).sessions
+    if sessions.failed or (sessions.ready and not sessions.stopping):
+        sessions.check_ready()  # a process whose model has failed is better started again
     return {"status": "ok"}
 
 

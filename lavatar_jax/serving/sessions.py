@@ -73,7 +73,7 @@ class Sessions:
         self.fps = model.fps
         self.listens_to_loudness = model.speech is None  # wav2vec2 normalises by itself
         self.rooms: dict[str, Room] = {}
-        self.ready = self.stopping = False
+        self.ready = self.failed = self.stopping = False
         self._block_seconds = host.avatar.config.dit.block_frames * model.vae.temporal_factor / model.fps
         self._opening = self._waiting = 0
         self._freed = asyncio.Event()
@@ -96,6 +96,8 @@ class Sessions:
         """Raises ApiError."""
         if self.stopping:
             raise ApiError(503, "stopping", "The server is shutting down.", retry_after=10)
+        if self.failed or (self.ready and not self.host.running):
+            raise ApiError(503, "not_available", "The model has failed; the server must be started again.")
         if not self.ready:
             raise ApiError(
                 503, "starting", "The model is being compiled; this takes a moment.", retry_after=3
@@ -193,12 +195,17 @@ class Sessions:
     # ---- running ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the host, and compiles all that a session needs, by running one."""
-        self.host.start()
-        await asyncio.to_thread(self._rehearse)
+        """Starts the host, and compiles all that sessions need, by running some."""
+        try:
+            self.host.start()
+            await asyncio.to_thread(self._rehearse)
+            if self._saved is not None:
+                await self._restore(self._saved)
+        except Exception:
+            self.failed = True
+            log.exception("the model cannot be started")
+            return
         self.metrics.count_recompiles()
-        if self._saved is not None:
-            await self._restore(self._saved)
         self.ready = True
         log.info("ready", extra={"places": self.host.slots})
 

@@ -63,9 +63,10 @@ class Voice:
         if not self.echo or self.muted or self._sending is not None:
             return
         samples = np.clip(np.nan_to_num(samples, posinf=0.0, neginf=0.0), -1.0, 1.0)
+        levelled = self.microphone_level(samples)  # it also knows who is silent
         if self._level:
-            samples = self.microphone_level(samples)
-        if self.microphone_level.open or not self._level:
+            samples = levelled
+        if self.microphone_level.open:
             self.active = time.monotonic()
         elif self._session.queued_seconds > LATE:
             return

@@ -94,6 +94,7 @@ class FakeHost:
         self.sessions: list[FakeSession] = []
         self.opened: list[FakeSession] = []
         self.closed = False
+        self.running = True
         self._lock = threading.Lock()
 
     def start(self) -> None: ...

@@ -15,6 +15,7 @@ pytest.importorskip("aiortc")
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.websockets import WebSocketDisconnect
 
 from lavatar_jax.serving.errors import ApiError
 from lavatar_jax.serving.limits import Rate
@@ -226,6 +227,9 @@ def test_requests_of_one_address(tmp_path) -> None:
         assert answers[0].status_code == 200
         assert error_of(answers[-1]) == (429, "rate_limited")
         assert served.client.get("/healthz").status_code == 200
+        with pytest.raises(WebSocketDisconnect) as refused, served.socket("/v1/sessions/s/stream", []):
+            pass
+        assert refused.value.code == 4429
 
 
 def test_rate_fills_again() -> None:

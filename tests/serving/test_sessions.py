@@ -426,3 +426,11 @@ def test_sessions_do_not_see_each_other(served: Served) -> None:
     one, other = served.open(prompt="my secret"), served.open()
     assert "secret" not in json.dumps(other.request("GET").json())
     assert served.client.get(f"/v1/sessions/{one.id}", headers=Session.bearer(other)).status_code == 401
+
+
+def test_a_model_that_failed_is_told(served: Served) -> None:
+    served.host.running = False
+    for path in ("/healthz", "/readyz"):
+        answer = served.client.get(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_available")
+    assert served.client.post("/v1/sessions", json={}).json()["error"]["code"] == "not_available"
