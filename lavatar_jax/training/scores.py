@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -36,22 +37,21 @@ def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
     audio, text = batch["audio"], batch["text"]
     if config.without_audio != "keep":
         audio = jnp.zeros_like(audio) if config.without_audio == "zeros" else jnp.roll(audio, 1, axis=0)
-    return {
-        **batch, "audio": audio, "text": jnp.zeros_like(text) if config.without_text == "zeros" else text
-    }  # fmt: skip
+    text = jnp.zeros_like(text) if config.without_text == "zeros" else text
+    return {**batch, "audio": audio, "text": text}
 
 
-def make_denoiser(
-    dit: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid, *, remat: Remat = "none"
-) -> Denoiser:
-    """(noisy clip [B, F, H, W, C], timesteps [B, F]) -> clean latents, under the batch's conditions.
+def make_flow(
+    dit: CausalDiT, batch: Batch, config: ScoreConfig, *, remat: Remat = "none"
+) -> Callable[[Array, Array], Array]:
+    """(noisy clip [B, F, H, W, C], timesteps [B, F]) -> velocity, under the batch's conditions.
 
     Every frame of a clip has the same timestep.
     """
 
-    def denoise(noisy: Array, t_BF: Array) -> Array:
+    def flow(noisy: Array, t_BF: Array) -> Array:
         if config.kind == "causal":
-            flow = train_forward(
+            return train_forward(
                 dit,
                 noisy,
                 t_BF,
@@ -62,17 +62,23 @@ def make_denoiser(
                 blockwise_audio=True,
                 remat=remat,
             )
-        else:
-            flow = teacher_forward(
-                dit,
-                noisy,
-                t_BF[:, 0],
-                text_BSE=batch["text"],
-                audio_BPLAT=batch["audio"],
-                ref_B1HWC=batch["reference"],
-                pose_BFHWC=batch.get("pose"),
-                remat=remat,
-            )
-        return grid.flow_to_x0(noisy, flow, t_BF)
+        return teacher_forward(
+            dit,
+            noisy,
+            t_BF[:, 0],
+            text_BSE=batch["text"],
+            audio_BPLAT=batch["audio"],
+            ref_B1HWC=batch["reference"],
+            pose_BFHWC=batch.get("pose"),
+            remat=remat,
+        )
 
-    return denoise
+    return flow
+
+
+def make_denoiser(
+    dit: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid, *, remat: Remat = "none"
+) -> Denoiser:
+    """`make_flow`, but -> clean latents, at the grid's noise level."""
+    flow = make_flow(dit, batch, config, remat=remat)
+    return lambda noisy, t_BF: grid.flow_to_x0(noisy, flow(noisy, t_BF), t_BF)

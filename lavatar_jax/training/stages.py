@@ -20,8 +20,12 @@ def train(config: Any) -> None:
         train_dit(config)
         return
     from lavatar_jax.training.distill import DistillRun, train_distill
+    from lavatar_jax.training.ode_init import OdeRun, train_ode
 
+    if isinstance(config, OdeRun):
+        train_ode(config)
+        return
     if not isinstance(config, DistillRun):
-        kinds = "a VAERun, a DiTRun or a DistillRun"
+        kinds = "a VAERun, a DiTRun, an OdeRun or a DistillRun"
         raise UserError(f"get_config() must return {kinds}, not a {type(config).__name__}")
     train_distill(config)

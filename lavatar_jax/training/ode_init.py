@@ -1,0 +1,125 @@
+"""An ODE-initialised student: before it streams by itself, it learns to jump along its teacher's paths.
+
+What Self-Forcing's predecessors begin with (CausVid), and an option to compare with: the teacher walks from
+noise to a clip in many small Euler steps; the student, at one of its own few noise levels, learns to tell the
+end of the walk from where it stands. The result is a run like those of stage 1, for `--init` of stage 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lavatar_jax.data.loader import record_batches
+from lavatar_jax.diffusion import TIMESTEPS, euler_step, v_to_x0
+from lavatar_jax.inference.denoise import schedule
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.parallel import STACKED, train_mesh
+from lavatar_jax.training.distill import DistillRun, make_roles, starting_weights
+from lavatar_jax.training.distill_step import Roles
+from lavatar_jax.training.dmd import guide
+from lavatar_jax.training.latents import open_latents, prepare_latents
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.run import first_process_only, fit_run
+from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional
+from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OdeRun(DistillRun):
+    """As for stage 2, without use of `rollout`, `dyna` and `distill`. `loss.guidance` is the teacher's."""
+
+    out: str = "runs/ode"
+    substeps: int = 4  # of the teacher for each step of the student
+
+
+def walk(
+    teacher: CausalDiT,
+    batch: Batch,
+    noise: Float[Array, "B F H W C"],
+    sigmas: Float[Array, " S+1"],
+    score: ScoreConfig,
+    *,
+    guidance: float,
+    substeps: int,
+) -> tuple[Float[Array, "S B F H W C"], Float[Array, "B F H W C"]]:
+    """The teacher's path -> (where it is at each of the student's levels, its end)."""
+    cond = make_flow(teacher, batch, score)
+    uncond = make_flow(teacher, unconditional(batch, score), score)
+
+    def velocity(x: Array, sigma: Array) -> Array:
+        t_BF = jnp.full(x.shape[:2], TIMESTEPS * sigma)
+        v = cond(x, t_BF)
+        return guide(v, uncond(x, t_BF), guidance) if guidance else v
+
+    def step(x: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, last = ends
+
+        def substep(index: Array, y: Array) -> Array:
+            here, there = (first + (last - first) * (index + i) / substeps for i in range(2))
+            return euler_step(y, velocity(y, here), here, there)
+
+        return jax.lax.fori_loop(0, substeps, substep, x), x
+
+    end, states = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
+    return states, end
+
+
+def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
+    """`loss(params, frozen, batch, key)` of `make_train_step`; the student sees one level for all blocks."""
+    sigmas = jnp.asarray(schedule(config.sampling).sigmas)
+    student_score = dataclasses.replace(config.score, kind="causal")
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        batch = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items() if name != "record"}
+        for_noise, for_step = jax.random.split(key)
+        noise = jax.random.normal(for_noise, batch["latent"].shape)
+        states, end = jax.lax.stop_gradient(
+            walk(
+                roles.teacher(frozen),
+                batch,
+                noise,
+                sigmas,
+                config.score,
+                guidance=config.loss.guidance,
+                substeps=config.substeps,
+            )
+        )
+        step = jax.random.randint(for_step, (), 0, len(sigmas) - 1)
+        x, sigma = states[step], sigmas[step]
+        flow = make_flow(roles.student(params, frozen), batch, student_score, remat=config.train.remat)
+        x0 = v_to_x0(x, flow(x, jnp.full(x.shape[:2], TIMESTEPS * sigma)), sigma)
+        return jnp.mean(jnp.square(x0 - end)), {"end_spread": jnp.std(end)}
+
+    return loss_fn
+
+
+def train_ode(config: OdeRun) -> TrainState:
+    """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
+    mesh, train = train_mesh(config.mesh), config.train
+    first_process_only(lambda: prepare_latents(config.data))
+    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
+    batches = record_batches(
+        source,
+        batch=train.batch,
+        seed=train.seed,
+        workers=train.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    params, _, frozen = starting_weights(config, mesh)
+    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)
+    step_fn = make_train_step(
+        make_ode_loss(config, make_roles(config)),
+        optimizer,
+        train.ema_decay,
+        config.optim.clip,
+        accumulate=train.accumulate,
+        spike=train.spike,
+    )
+    state = create_state(params, optimizer, train.seed, mesh=mesh)
+    return fit_run(config, step_fn, state, frozen, batches, mesh)

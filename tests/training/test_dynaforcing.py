@@ -1,0 +1,72 @@
+"""Hybrid starts, reward weights with running statistics, and the mouth rewards of rendered faces."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavatar_jax.errors import UserError
+from lavatar_jax.training.dynaforcing import (
+    DynaConfig,
+    RewardStatistics,
+    draw_starts,
+    load_rewards,
+    reward_weights,
+    update_statistics,
+)
+from lavatar_jax.training.rewards import correlation, fit_probe, opening
+
+CONFIG = DynaConfig(hybrid=0.3, alpha=0.5, rewards=(("a:b", 1.0), ("c:d", 0.5)))
+
+
+def test_a_share_of_samples_starts_from_truth_mostly_at_noisy_steps_and_never_after_the_exit() -> None:
+    starts, hybrid = draw_starts(jax.random.key(0), 4000, jnp.int32(2), 4, CONFIG)
+    starts, hybrid = np.asarray(starts), np.asarray(hybrid)
+    assert abs(hybrid.mean() - 0.3) < 0.03
+    assert (starts[~hybrid] == 0).all()
+    shares = np.bincount(starts[hybrid], minlength=4) / hybrid.sum()
+    # Half as often with every step: 8, 4, 2, 1 of 15; the last one falls back to the exit.
+    np.testing.assert_allclose(shares, [8 / 15, 4 / 15, 3 / 15, 0], atol=0.05)
+
+
+def test_samples_count_by_their_normalised_rewards() -> None:
+    statistics, random = RewardStatistics.empty(2), np.random.default_rng(0)
+    for _ in range(300):
+        values = jnp.asarray(random.normal(size=(2, 16)) * [[2.0], [0.1]] + [[5.0], [-1.0]], jnp.float32)
+        statistics = update_statistics(statistics, values, 0.98)
+    # One deviation above the mean in both, in none, below in both.
+    values = jnp.array([[7.0, 5.0, 3.0], [-0.9, -1.0, -1.1]])
+    weights = np.log(reward_weights(statistics, values, CONFIG)) / CONFIG.alpha
+    np.testing.assert_allclose(weights, [1.5, 0.0, -1.5], atol=0.25)
+    far = reward_weights(statistics, 100.0 * values, CONFIG)
+    assert np.log(far).max() <= CONFIG.alpha * CONFIG.reward_limit + 1e-5
+
+
+def test_the_first_batch_is_its_own_statistics() -> None:
+    values = jnp.array([[1.0, 3.0]])
+    config = dataclasses.replace(CONFIG, rewards=(("a:b", 1.0),))
+    statistics = update_statistics(RewardStatistics.empty(1), values, 0.98)
+    np.testing.assert_allclose(np.log(reward_weights(statistics, values, config)), [-0.5, 0.5], atol=1e-2)
+
+
+def test_a_reward_that_does_not_exist_is_a_clear_error() -> None:
+    for name in ("no.such.module:reward", "lavatar_jax.training.rewards:no_reward", "nothing"):
+        with pytest.raises(UserError, match="no reward"):
+            load_rewards(DynaConfig(rewards=((name, 1.0),)), None)
+
+
+def test_the_probe_reads_the_mouth_and_the_reward_tells_who_follows_the_speech() -> None:
+    random = np.random.default_rng(0)
+    openness = random.uniform(size=(120, 12)).astype(np.float32)
+    latent = random.normal(size=(120, 1, 6, 6, 8)) + 0.03 * random.normal(size=(120, 3, 6, 6, 8))
+    latent[:, :, 3:5, 3:5, :4] += openness.reshape(120, 3, 1, 1, 4)
+    mouth = np.zeros((120, 6, 6), np.float32)
+    mouth[:, 3:5, 3:5] = 1.0
+    probe = fit_probe(latent[:90], mouth[:90], openness[:90])
+    assert list(zip(probe.row, probe.column, strict=True)) == [(3, 3), (3, 4), (4, 3), (4, 4)]
+    read = opening(probe, latent[90:])
+    assert correlation(read, openness[90:]).min() > 0.9
+    assert np.abs(correlation(read, np.roll(openness[90:], 1, axis=0)).mean()) < 0.4
+    assert correlation(jnp.zeros((1, 12)), openness[:1]) == 0
