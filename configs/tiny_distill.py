@@ -8,6 +8,7 @@ from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 
@@ -44,8 +45,10 @@ def get_config() -> DistillRun:
         # Lip-sync holds on to real clips: some samples start from noised ones, and are pulled towards them.
         dyna=DynaConfig(hybrid=0.3),
         distill=DistillConfig(
-            critic_rate=1e-3, update_ratio=5, critic_warmup=20, mouth_weight=3.0, regression=0.3
+            critic_rate=5e-4, update_ratio=5, critic_warmup=20, mouth_weight=3.0, regression=0.3
         ),
+        # Muon would take as long as the critic's whole forward and backward pass, on such small batches.
+        critic_optim=OptimConfig(kind="adamw"),
         train=LoopConfig(
             seconds=2100, learning_rate=3e-4, batch=4, ema_decay=0.97, log_every=20, checkpoint_seconds=180
         ),

@@ -27,7 +27,7 @@ from lavatar_jax.training.distill_step import (
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward, load_rewards
 from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
-from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, first_process_only, fit_run
 from lavatar_jax.training.scores import ScoreConfig
@@ -56,6 +56,7 @@ class DistillRun(Run):
     loss: DMDConfig
     dyna: DynaConfig
     distill: DistillConfig
+    critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)  # its clip is `optim`'s
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     clip: tuple[int, int, int] = (12, 16, 16)  # latent frames, rows, columns that a plan is made for
 
@@ -93,11 +94,13 @@ def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tupl
     """-> (the step of a run, the optimizers of student and critic). `params` may be abstract."""
     if config.train.accumulate > 1:
         raise UserError("stage 2 does not accumulate gradients over parts of a batch: --train.accumulate 1")
-    decay = config.train.weight_decay
-    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=decay, config=config.optim)
+    student, critic = (
+        make_optimizer(params, stacked=STACKED, weight_decay=config.train.weight_decay, config=optim)
+        for optim in (config.optim, config.critic_optim)
+    )
     step_fn = make_distill_step(
         make_roles(config),
-        (optimizer, optimizer),
+        (student, critic),
         sampling=config.sampling,
         rollout=sampler_rollout(config.rollout, config.sampling),
         score=config.score,
@@ -108,7 +111,7 @@ def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tupl
         clip=config.optim.clip,
         rewards=rewards,
     )
-    return step_fn, (optimizer, optimizer)
+    return step_fn, (student, critic)
 
 
 def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Params]:

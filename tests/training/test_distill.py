@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,8 +15,15 @@ from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
-from lavatar_jax.training.distill import DistillRun, train_distill
-from lavatar_jax.training.distill_step import DistillConfig
+from lavatar_jax.parallel import train_mesh
+from lavatar_jax.training.distill import (
+    DistillRun,
+    make_roles,
+    make_step,
+    starting_weights,
+    train_distill,
+)
+from lavatar_jax.training.distill_step import DistillConfig, create_distill_state
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics
@@ -23,7 +32,10 @@ from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import split_model
+from lavatar_jax.training.weights import LoraConfig, abstract_weights
 from tests.tiny import random_dit
+from tools.package_model import SAMPLING as SHIPPED_SAMPLING
+from train import load_config
 
 MODEL = DiTConfig(
     layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
@@ -90,3 +102,74 @@ def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: Disti
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:
     with pytest.raises(UserError, match="does not fit"):
         train_distill(dataclasses.replace(run, model=dataclasses.replace(MODEL, input_skip=True)))
+
+
+def test_with_adapters_the_weights_of_three_roles_exist_once(run: DistillRun) -> None:
+    """The state holds two sets of adapters; what is frozen is one base, which is the teacher itself."""
+    run = dataclasses.replace(run, lora=LoraConfig(rank=2, base="float32"))
+    mesh = train_mesh(run.mesh)
+    student, critic, frozen = starting_weights(run, mesh)
+    assert student.keys() == critic.keys()
+    assert all(name.endswith((".a", ".b")) for name in student)
+    plain, _ = split_model(random_dit(MODEL))
+    assert {name.removesuffix(".base") for name in frozen} == plain.keys()
+    roles = make_roles(run)
+    base = {leaf.unsafe_buffer_pointer() for leaf in frozen.values()}
+    held = [
+        {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model)} & base
+        for model in (roles.teacher(frozen), roles.student(student, frozen), roles.critic(critic, frozen))
+    ]
+    assert held == [base] * 3  # the very arrays, not copies
+
+    _, optimizers = make_step(run, student, [])
+    state = jax.eval_shape(
+        lambda a, b: create_distill_state(a, b, optimizers, steps=2, rewards=0, seed=0), student, critic
+    )
+    # Parameters, average and two moments of the student, parameters and two moments of the critic.
+    size = sum(leaf.size for leaf in student.values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 7 * size + 100
+
+
+def test_the_teacher_cannot_be_another_than_the_base_of_adapters(run: DistillRun) -> None:
+    run = dataclasses.replace(run, lora=LoraConfig(rank=2, base="float32"), teacher=run.init)
+    with pytest.raises(UserError, match="leave --teacher out"):
+        starting_weights(run, train_mesh(run.mesh))
+
+
+def load_run(name: str) -> DistillRun:
+    return load_config(str(Path(__file__).parents[2] / "configs" / f"{name}.py"))
+
+
+def test_the_tiny_student_streams_as_the_small_model_is_packaged() -> None:
+    assert load_run("tiny_distill").sampling == SHIPPED_SAMPLING
+
+
+def test_a_step_of_the_full_size_run_can_be_traced() -> None:
+    """Three roles of 14B on one base, 84 frames of 720 x 400: shapes and dtypes only."""
+    run = load_run("wan14b_distill")
+    weights = abstract_weights(run.make, run.lora)
+    assert sum(leaf.size for leaf in weights.frozen.values()) == 16_295_755_609
+    step_fn, optimizers = make_step(run, weights.params, [])
+    state = jax.eval_shape(
+        lambda a, b: create_distill_state(a, b, optimizers, steps=run.sampling.steps, rewards=0, seed=0),
+        weights.params,
+        weights.params,
+    )
+    frames, height, width = run.clip
+    model = run.model
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *sizes), jnp.float32)
+
+    batch = {
+        "latent": shape(frames, height, width, 16),
+        "reference": shape(1, height, width, 16),
+        "audio": shape(1, model.audio_layers, model.audio_dim, 4 * frames),
+        "text": shape(model.text_len, model.text_dim),
+        "mouth": shape(height, width),
+    }
+    frozen = {"params": weights.frozen, "rewards": []}
+    after, metrics = jax.eval_shape(step_fn, state, frozen, batch, jnp.float32(1e-5))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(leaf.dtype == jnp.float32 for leaf in after.params.values())
+    assert metrics["loss"].shape == ()
