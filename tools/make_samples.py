@@ -24,7 +24,7 @@ SENTENCE = (
 )
 VOICE = "rms"  # like the face, never heard in training
 PERSON = 5  # of the held-out identities
-OTHERS = {"amira": 13, "flora": 12, "jo": 53, "nia": 40, "ruth": 59}  # to choose from on the live page
+OTHERS = {"amira": 13, "flora": 12, "jo": 53, "nia": 40, "ruth": 47}  # to choose from on the live page
 OTHERS_SMILE = 0.3  # the friendliest portrait that training showed
 
 _render = jax.jit(render, static_argnames="size")
