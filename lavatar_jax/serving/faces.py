@@ -17,6 +17,7 @@ from lavatar_jax.inference.images import cover_and_crop, load_image
 
 BUNDLED = Path(__file__).parents[1] / "samples"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NAMES = {"face": "Sam"}  # of files that are not called as one calls a person
 THUMBNAIL = 128
 
 
@@ -59,7 +60,7 @@ def _load_once(path: Path) -> Face:
 
 def _load(path: Path) -> Face:
     pixels = load_image(path)
-    name = path.stem.replace("_", " ").replace("-", " ").strip() or "face"
+    name = NAMES.get(path.stem) or path.stem.replace("_", " ").replace("-", " ").strip() or "face"
     return Face(
         id=re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "face",
         name=name[:1].upper() + name[1:],

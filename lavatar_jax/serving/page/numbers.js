@@ -10,7 +10,7 @@ const PARTS = {
   decode: "painting",
   out: "handing out",
   encode: "compressing",
-  send: "in store",
+  send: "waiting its turn",
   screen: "to your screen",
 };
 
@@ -25,18 +25,17 @@ export function showNumbers(here, there) {
     picture: `${here.fps.toFixed(0)} frames/s`,
     "first frame": known(here.firstFrame) && inSeconds(here.firstFrame),
     "voice to mouth": known(voice) && inSeconds(voice),
-    "server to screen": known(here.screen) && inMilliseconds(here.screen),
-    over: here.way,
+    "to your screen": known(here.screen) && inMilliseconds(here.screen),
   };
   fill($("numbers"), shown, (name, value) => {
     const pair = document.createElement("div");
     pair.append(term(name), detail(value));
     return [pair];
   });
-  if ($("costs").open && there) showParts({ ...there.parts_ms, screen: here.screen }, there);
+  if ($("costs").open && there) showParts({ ...there.parts_ms, screen: here.screen }, here, there);
 }
 
-function showParts(parts, there) {
+function showParts(parts, here, there) {
   const most = Math.max(...Object.values(parts).filter(known), 1);
   const bars = Object.fromEntries(
     Object.entries(PARTS).map(([name, words]) => [words, known(parts[name]) && parts[name]]),
@@ -49,7 +48,8 @@ function showParts(parts, there) {
     return [term(words), cell];
   });
   const factor = known(there.real_time_factor) && `${(100 * there.real_time_factor).toFixed(0)} %`;
-  const rest = { "of the time used": factor, "frames held": there.held + there.underruns };
+  const held = there.held + there.underruns;
+  const rest = { "of real time needed": factor, "frames held": held, "connected by": here.way };
   for (const [name, value] of Object.entries(rest))
     if (value !== false) $("parts").append(term(name), detail(String(value)));
 }
