@@ -76,10 +76,10 @@ class Broadcast:
         start = time.monotonic()
         moments = self._encoder.encode(block.time, block.frames, block.sound)
         self.bytes += sum(len(moment.video) for moment in moments)
+        encoded, waits = time.monotonic() - start, self._playout.stored
         self._call(self._playout.add, moments)
-        encoded = time.monotonic() - start
         self._record(moments)
-        self._measure(block, encoded)
+        self._measure(block, encoded, waits)
 
     def _record(self, moments: list[Moment]) -> None:
         recording = self.recording
@@ -89,7 +89,8 @@ class Broadcast:
             except UserError as error:
                 self._call(self._on_recording_failed, str(error))
 
-    def _measure(self, block: SpokenBlock, encoded: float) -> None:
+    def _measure(self, block: SpokenBlock, encoded: float, waits: float) -> None:
+        """`encoded`: seconds that it took. `waits`: seconds until its first frame is sent."""
         metrics, stats = self._metrics, self._session.stats
         metrics.encode.observe(encoded)
         metrics.held.inc(max(0, stats.held - self._held))
@@ -98,9 +99,8 @@ class Broadcast:
             self._first = False
             metrics.first_frame.observe(stats.first_frame)
             metrics.ttff.observe(stats.ttff)
-        later = encoded + self._playout.stored
         while stats.silence_to_speech:
-            value = stats.silence_to_speech.popleft() + later
+            value = stats.silence_to_speech.popleft() + encoded + waits
             metrics.silence_to_speech.observe(value)
             self.silence_to_speech_ms = round(1e3 * value, 1)
         latency = block.latency
@@ -110,7 +110,7 @@ class Broadcast:
             parts = latency.parts()
             stages = sum(value for name, value in parts.items() if name.startswith("stage"))
             merged = {name: value for name, value in parts.items() if not name.startswith("stage")}
-            merged |= {"stages": stages, "encode": encoded, "send": self._playout.stored}
+            merged |= {"stages": stages, "encode": encoded, "send": waits}
             self.parts_ms = {name: round(1e3 * value, 1) for name, value in merged.items()}
         else:
             work = latency.complete - latency.taken

@@ -63,4 +63,5 @@ def serve(
         except OSError as error:
             where = f"--host {config.host} --port {config.port}"
             raise UserError(f"{where}: cannot listen there ({error.strerror}); choose another") from None
-    make_server(app, config, certificate, key).run()
+    with contextlib.suppress(KeyboardInterrupt):  # raised again when all has ended well
+        make_server(app, config, certificate, key).run()
