@@ -53,9 +53,7 @@ def package(arguments: Arguments) -> Path:
     statistics = read_dataset(data.folder)
 
     vae_config, vae = load_vae(arguments.vae)
-    vae_config = dataclasses.replace(
-        vae_config, latent_mean=statistics.mean, latent_std=statistics.std
-    )
+    vae_config = dataclasses.replace(vae_config, latent_mean=statistics.mean, latent_std=statistics.std)
     _, merge = split_model(jax.eval_shape(lambda: CausalDiT(dit_config, rngs=nnx.Rngs(0))))
     dit = merge({name: jnp.asarray(value) for name, value in read_average(Path(arguments.dit)).items()})
     config = AvatarConfig(

@@ -157,10 +157,10 @@ class Book:
         written = 0
         for piece in outcome.pieces:
             first = True
-            facts = {"start": piece.start / FPS, "loudness": piece.level_db, **video}
-            for record in encoder.records(outcome, piece, self._writer.ids):
+            for frame, record in encoder.records(outcome, piece, self._writer.ids):
+                when = {"start": frame / FPS, "end": (frame + encoder.clip_frames) / FPS}
                 try:
-                    self._writer.write(record, **facts)
+                    self._writer.write(record, **when, loudness=piece.level_db, **video)
                 except ValueError as error:  # half precision has an end
                     outcome.dropped.append((f"{record['id']} ({error})", "latents are not finite"))
                     continue

@@ -66,8 +66,9 @@ class ClipEncoder:
             "motion_frames": self.motion_frames,
         }
 
-    def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[Record]:
-        """The clips of a piece, end to end, without those in `done`."""
+    def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[tuple[int, Record]]:
+        """(first frame in the video at 25 a second, record) of a piece's clips, end to end, without those
+        in `done`."""
         frames = np.load(piece.frames, mmap_mode="r")
         features: np.ndarray | None = None
         motion_latents = (self.motion_frames - 1) // self.config.vae.temporal_factor + 1
@@ -92,7 +93,7 @@ class ClipEncoder:
                 "audio": features[..., first:stop].astype(np.float16),
             }
             text = self.read(outcome.caption)
-            yield record if text is None else {**record, "text": text}
+            yield piece.start + first, record if text is None else {**record, "text": text}
 
     def hear(self, samples: np.ndarray, frames: int) -> np.ndarray:
         """Features [L, A, frames] of the sound of a piece, as a recording is heard when a video is made."""

@@ -163,6 +163,8 @@ def test_good_videos_become_records_and_bad_ones_are_named(
     assert {name for name, ids in kept.items() if ids} == {
         "sub/good.mp4", "fast.mkv", "two shots.mp4", "short shot.mp4", "web.tar/000.mp4",
     }  # fmt: skip
+    first = next(row for row in rows if row["video"] == "sub/good.mp4")
+    assert (first["start"], first["end"]) == (0.2, 0.68)  # behind 5 frames of its past
     captions = {row["video"]: row["caption"] for row in rows}
     assert captions["sub/good.mp4"] == "a person nodding"
     assert captions["web.tar/000.mp4"] == "inside of a tar"
@@ -289,8 +291,9 @@ def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Pat
     np.save(piece.samples, speech(FRAMES / 25))
     encoder = ClipEncoder("tiny", blocks=1, motion_frames=1, filters=FilterConfig())
     assert encoder.sizes == ((128, 128),)
-    record = next(encoder.records(Outcome("a.mp4", caption="smiling"), piece, set()))
-    assert record["latent"].shape == (3, 8, 8, 16) or record["latent"].shape == (3, 16, 16, 16)
+    frame, record = next(encoder.records(Outcome("a.mp4", caption="smiling"), piece, set()))
+    assert frame == 1
+    assert record["latent"].shape == (3, 16, 16, 16)
     assert record["audio"].shape == (1, 192, 12)
     # Raw means of people that the model knows have about its statistics.
     mean, std = np.array(encoder.config.vae.latent_mean), np.array(encoder.config.vae.latent_std)
