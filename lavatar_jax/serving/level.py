@@ -21,7 +21,8 @@ SPEECH_RANGE_DB = 25.0  # as in `speech_level_db`: pieces so far below the loude
 ABOVE_NOISE_DB = 8.0  # speech stands out from the room by at least so much
 MAX_GAIN_DB, MIN_GAIN_DB = 30.0, -20.0
 LEARN_FIRST, LEARN = 0.25, 0.03  # share of a new piece in the level: within 0.2 s at first, then in 0.7 s
-REMEMBERED = 100  # pieces: 2 s
+REMEMBERED = 200  # pieces: 4 s, longer than anybody holds a vowel
+USUAL_ROOM_DB = -45.0  # nobody's room is louder, until that has been heard for so long
 HANGOVER = 12  # pieces: ends of words are soft, the gate closes only after 240 ms
 CLOSED_DB = -30.0
 
@@ -44,8 +45,11 @@ class RunningLevel:
 
     @property
     def noise_db(self) -> float:
-        """The softest of the last two seconds is the room: speech has gaps."""
-        return min(self._recent) if len(self._recent) > HANGOVER else QUIETEST_DB - ABOVE_NOISE_DB
+        """The softest of the last seconds is the room: speech has gaps, if not at once."""
+        if len(self._recent) <= HANGOVER:
+            return QUIETEST_DB - ABOVE_NOISE_DB
+        softest = min(self._recent)
+        return softest if len(self._recent) == REMEMBERED else min(softest, USUAL_ROOM_DB)
 
     @property
     def gain_db(self) -> float:

@@ -70,6 +70,13 @@ def test_gain_stands_still_in_silence_and_silence_stays_silence() -> None:
     assert speech_level_db(noisy[RATE:]) < -70.0  # it is taken for what it is within a second
 
 
+def test_a_held_vowel_is_speech_and_a_fan_is_not() -> None:
+    tone = (0.1 * np.sin(np.arange(int(2.5 * RATE)) / 8)).astype(np.float32)
+    assert np.abs(in_pieces(RunningLevel(), tone)[-RATE:]).max() > 0.05
+    fan = in_pieces(RunningLevel(), noise(8.0, -35.0))
+    assert speech_level_db(fan[-2 * RATE :]) < -55.0
+
+
 @given(st.lists(st.integers(0, 2000), max_size=20))
 def test_no_sample_is_lost(sizes: list[int]) -> None:
     level, samples = RunningLevel(), np.ones(sum(sizes), np.float32)
