@@ -14,8 +14,10 @@ from lavatar_jax.config import DiTConfig
 from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
 from lavatar_jax.evaluation.flops import clip_flops, step_flops
+from lavatar_jax.models import rope as rp
 from lavatar_jax.models.dit import CausalDiT, Remat
-from lavatar_jax.models.dit_forward import block_causal_mask, train_forward, train_rope
+from lavatar_jax.models.dit_forward import block_causal_mask, cond_tokens, train_forward
+from lavatar_jax.models.rope import Rope
 from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
 from lavatar_jax.training.optim import make_optimizer
@@ -40,6 +42,8 @@ class ForcingConfig:
     reference_frames: tuple[int, int] = (24, 36)  # range of the reference's temporal position
     audio_dropout: float = 0.0
     text_dropout: float = 0.1
+    motion_dropout: float = 0.1  # share of the steps without the motion scaffold, for models that have one
+    pose_dropout: float = 0.1
     mouth_weight: float = 3.0  # loss weight where the mouth is
 
 
@@ -93,44 +97,72 @@ def drop(key: Array, condition: Array, share: float) -> Array:
     return condition * keep.reshape(-1, *(1,) * (condition.ndim - 1))
 
 
-def make_loss(
-    merge: Merge[CausalDiT],
-    model: DiTConfig,
-    config: ForcingConfig,
-    latent_size: tuple[int, int, int],
-    *,
-    remat: Remat = "none",
-) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches`.
+def noise_motion(key: Array, motion: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+    """The motion scaffold: latent frames before the clip, each with a noise level of its own, t ~ U[0, 1000].
 
-    `latent_size`: latent frames, rows and columns of a clip. Flow-matching loss on all blocks at once.
+    So the model takes motion from the past, but cannot rely on its details (method section 4).
     """
+    level, noise = jax.random.split(key)
+    sigma = jax.random.uniform(level, motion.shape[:2])
+    return add_noise(motion, jax.random.normal(noise, motion.shape), sigma)
+
+
+def draw_rope(
+    key: Array, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int], motion: bool
+) -> Rope:
+    """Positions of noisy | reference | motion tokens, the reference at a frame of `reference_frames`."""
     frames, height, width = latent_size
     low, high = config.reference_frames
-    tables = [train_rope(model, *latent_size, ref_frame=frame) for frame in range(low, high + 1)]
-    ropes = jax.tree.map(lambda *parts: jnp.stack(parts), *tables)
-    tokens = (height // model.patch) * (width // model.patch)
-    noisy = frames * tokens
+    rows, columns = height // model.patch, width // model.patch
+    clip = rp.rope([rp.video_grid(0, frames, rows, columns)], model.head_dim)
+    places = [rp.rope([rp.video_grid(f, 1, rows, columns)], model.head_dim) for f in range(low, high + 1)]
+    choice = jax.random.randint(key, (), 0, len(places))
+    reference = jax.tree.map(lambda *tables: jnp.stack(tables)[choice], *places)
+    past = [rp.rope(rp.motion_grids(height, width, model.patch), model.head_dim)] if motion else []
+    return jax.tree.map(lambda *tables: jnp.concatenate(tables), clip, reference, *past)
 
-    def who_sees_whom(no_sink: Array) -> Bool[Array, "T T"]:
-        place = jnp.arange(noisy + tokens)
-        without = (place[:, None] < noisy) & (place[None, :] >= noisy) & no_sink
-        return block_causal_mask(frames, tokens, tokens, model.block_frames, xp=jnp) & ~without
+
+def draw_mask(
+    key: Array, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int], motion: bool
+) -> Bool[Array, "T T"]:
+    """Who sees whom: block-causal, and in some steps without the reference, in some without motion frames."""
+    frames, height, width = latent_size
+    tokens = (height // model.patch) * (width // model.patch)
+    noisy, cond = frames * tokens, cond_tokens(model, height, width, motion=motion)
+    without = jax.random.uniform(key, (2,)) < jnp.array([config.sink_dropout, config.motion_dropout])
+    place = jnp.arange(noisy + cond)
+    gone = ((place >= noisy) & (place < noisy + tokens) & without[0]) | (
+        (place >= noisy + tokens) & without[1]
+    )
+    mask = block_causal_mask(frames, tokens, cond, model.block_frames, xp=jnp)
+    return mask & ~(~gone[:, None] & gone[None, :])  # condition tokens would pass it on, if they saw it
+
+
+def make_loss(
+    merge: Merge[CausalDiT], model: DiTConfig, config: ForcingConfig, *, remat: Remat = "none"
+) -> LossFn:
+    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches` of any shape.
+
+    Flow-matching loss on all blocks at once. Motion frames and pose are used where both the model and the
+    batch have them.
+    """
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
         dit: CausalDiT = merge(params, frozen)
-        keys = jax.random.split(key, 8)
+        keys = jax.random.split(key, 9)
         x0 = batch["latent"].astype(jnp.float32)
         photo = batch["reference"].astype(jnp.float32)
-        blocks = frames // model.block_frames
-        sigma = draw_sigmas(keys[0], x0.shape[0], blocks, config)
+        size = x0.shape[1:4]
+        has_motion = model.use_motion and "motion" in batch
+        motion = noise_motion(keys[7], batch["motion"].astype(jnp.float32)) if has_motion else None
+        pose = None
+        if model.use_pose and "pose" in batch:
+            pose = drop(keys[8], batch["pose"].astype(jnp.float32), config.pose_dropout)
+        sigma = draw_sigmas(keys[0], x0.shape[0], size[0] // model.block_frames, config)
         sigma_BF = jnp.repeat(sigma, model.block_frames, axis=1)
         noise = jax.random.normal(keys[1], x0.shape)
-        position = jax.random.randint(keys[2], (), 0, len(tables))
-        rope = jax.tree.map(lambda table: table[position], ropes)
-        no_sink = jax.random.uniform(keys[3]) < config.sink_dropout
         flow = train_forward(
             dit,
             add_noise(x0, noise, sigma_BF),
@@ -138,16 +170,18 @@ def make_loss(
             text_BSE=drop(keys[4], batch["text"], config.text_dropout),
             audio=drop(keys[5], batch["audio"].astype(jnp.float32), config.audio_dropout),
             ref_B1HWC=draw_reference(keys[6], photo, x0, config),
-            rope=rope,
+            motion_BFHWC=motion,
+            pose_BFHWC=pose,
+            rope=draw_rope(keys[2], model, config, size, has_motion),
             blockwise_audio=True,
-            mask=who_sees_whom(no_sink),
+            mask=draw_mask(keys[3], model, config, size, has_motion),
             remat=remat,
         )
         error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]
         mouth = batch["mouth"].astype(jnp.float32)[:, None]  # [B, 1, H, W] in [0, 1]
         weight = jnp.broadcast_to(1.0 + (config.mouth_weight - 1.0) * mouth, error.shape)
         loss = jnp.sum(error * weight) / jnp.sum(weight)
-        at_mouth = jnp.sum(error * mouth) / (frames * jnp.sum(mouth))
+        at_mouth = jnp.sum(error * mouth) / (size[0] * jnp.sum(mouth))
         return loss, {"flow": jnp.mean(error), "mouth": at_mouth}
 
     return loss_fn
@@ -173,7 +207,7 @@ def train_dit(config: DiTRun) -> TrainState:
     size = source.buckets[0].latent_size
     merge = compute_in(weights.merge, train.precision)
     step_fn = make_train_step(
-        make_loss(merge, config.model, config.loss, size, remat=train.remat),
+        make_loss(merge, config.model, config.loss, remat=train.remat),
         optimizer,
         train.ema_decay,
         config.optim.clip,

@@ -19,12 +19,14 @@ from lavatar_jax.training.diffusion_forcing import (
     draw_reference,
     draw_sigmas,
     make_loss,
+    noise_motion,
     train_dit,
 )
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import create_state, make_train_step, split_model
+from tests.tiny import normal, random_dit, tiny_config
 
 MODEL = DiTConfig(
     layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
@@ -103,11 +105,53 @@ def test_the_reference_is_the_photo_or_a_frame_of_the_clip():
     np.testing.assert_allclose(shares, [0.75, 0.125, 0.125], atol=0.06)
 
 
+def test_every_motion_frame_has_a_noise_level_of_its_own():
+    kept = (
+        np.asarray(noise_motion(jax.random.key(0), jnp.full((50, 19, 2, 2, 1), 1e4))).mean(axis=(2, 3, 4))
+        / 1e4
+    )
+    assert kept.min() < 0.02
+    assert kept.max() > 0.98
+    assert abs(kept.mean() - 0.5) < 0.02
+    assert np.median(np.std(kept, axis=1)) > 0.2
+
+
+def test_scaffold_and_pose_reach_the_loss_unless_dropped_and_any_latent_size_will_do():
+    model = tiny_config(use_motion=True, use_pose=True)
+    params, merge = split_model(random_dit(model))
+
+    def batch(height: int, seed: int = 0) -> dict[str, jax.Array]:
+        return {
+            "latent": normal(1, 2, 6, height, 8, 3),
+            "reference": normal(2, 2, 1, height, 8, 3),
+            "audio": normal(3, 2, 1, 2, 5, 24),
+            "text": normal(4, 2, 4, 6),
+            "mouth": jnp.ones((2, height, 8)),
+            "motion": normal(5 + seed, 2, 3, height, 8, 3),
+            "pose": normal(6, 2, 6, height, 8, 3),
+        }
+
+    def losses(config: ForcingConfig):
+        loss = jax.jit(make_loss(merge, model, config))
+        return lambda batch: float(loss(params, {}, batch, jax.random.key(0))[0])
+
+    keep, drop = (
+        losses(ForcingConfig(motion_dropout=share, pose_dropout=share, sink_dropout=0.0))
+        for share in (0.0, 1.0)
+    )
+    plain, tall = batch(8), batch(10)
+    for name in ("motion", "pose"):
+        changed = {**plain, name: plain[name] + 1.0}
+        assert abs(keep(changed) - keep(plain)) > 1e-5, name
+        assert drop(changed) == drop(plain), name
+    assert np.isfinite(keep(tall))
+
+
 def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
     batch = next(record_batches(open_latents(data), batch=4, seed=0))
     params, merge = split_model(jax.jit(lambda: CausalDiT(MODEL, rngs=nnx.Rngs(0)))())
     optimizer = make_optimizer(params, stacked=STACKED)
-    step = make_train_step(make_loss(merge, MODEL, ForcingConfig(), SIZE), optimizer, 0.9)
+    step = make_train_step(make_loss(merge, MODEL, ForcingConfig()), optimizer, 0.9)
     state, losses = create_state(params, optimizer, 0), []
     for _ in range(60):
         state, metrics = step(state, {}, batch, jnp.float32(0.02))
