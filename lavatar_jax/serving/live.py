@@ -66,8 +66,8 @@ class Live:
     c2pa_key: Annotated[Path | None, arg(metavar="PEM")] = None
     ice_server: Annotated[tuple[str, ...], arg(metavar="URL")] = ()
     """STUN and TURN servers, for clients behind routers."""
-    open: bool = False
-    """Open the page in a browser when it is ready."""
+    open: bool = True
+    """Open the page in a browser, where there is one."""
 
     def run(self) -> None:
         """Checks everything a user gave, then loads the model and serves until stopped. Raises UserError."""
@@ -119,7 +119,7 @@ class Live:
         avatar = load_model_folder(self.model)
         app = create_app(SessionHost(avatar, self.sessions, self._layout(avatar)), config)
         print(f"serving on {address} (Ctrl-C stops)", file=sys.stderr)
-        if self.open:
+        if self.open and sys.stderr.isatty() and _has_screen():
             threading.Timer(1.0, webbrowser.open, [address]).start()
         serve(app, config, self.tls_cert, self.tls_key)
 
@@ -155,6 +155,13 @@ class Live:
 
         take_devices(self.devices)
         return layout_for(self.devices, avatar.config.sampling.steps)
+
+
+def _has_screen() -> bool:
+    """Elsewhere a browser in the terminal would come up, in front of the log."""
+    return sys.platform in ("darwin", "win32") or any(
+        os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
 
 
 def _secret(path: Path | None, otherwise: str | None = None) -> str | None:

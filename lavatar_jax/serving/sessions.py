@@ -216,13 +216,19 @@ class Sessions:
         for session in sessions:
             for block in range(3):
                 for _ in range(self.host.parts):
-                    session.read(timeout=120.0)
+                    self._await_part(session)
                 if block == 0:
                     session.set_prompt("another prompt")
                     session.push_audio(np.zeros(16_000, np.float32))
                     session.interrupt()
         for session in sessions:
             session.close("rehearsed")
+
+    def _await_part(self, session: AvatarSession) -> None:
+        """Compiling takes as long as it takes, unless the server is stopped meanwhile."""
+        while not self.stopping and session.read(timeout=0.5) is None:
+            if session.reason is not None:
+                raise RuntimeError(f"the rehearsal was closed: {session.reason}")
 
     async def watch(self) -> None:
         """Every second: ends what nobody uses, forgets what has ended, tells how it goes."""

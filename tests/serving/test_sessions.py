@@ -4,7 +4,9 @@ import base64
 import errno
 import io
 import json
+import os
 import struct
+import threading
 import time
 
 import numpy as np
@@ -434,3 +436,19 @@ def test_a_model_that_failed_is_told(served: Served) -> None:
         answer = served.client.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_available")
     assert served.client.post("/v1/sessions", json={}).json()["error"]["code"] == "not_available"
+
+
+def test_nothing_is_left_of_sessions_that_have_gone(tmp_path) -> None:
+    with serving(tmp_path, kept=0.0) as served:
+        served.open().request("DELETE")
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        for _ in range(15):
+            session = served.open(options={"record": True})
+            with session.stream() as raw:
+                Socket(raw).watch(0.2)
+            assert session.request("DELETE").status_code == 204
+        wait_for(lambda: not served.services.sessions.rooms)
+        after = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        assert after[0] <= before[0] + 2
+        assert after[1] <= before[1] + 6
+        assert not list(served.services.sessions.recordings.iterdir())
