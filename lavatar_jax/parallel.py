@@ -263,12 +263,12 @@ def put_tree(tree: Any, shardings: Any) -> Any:
 
 
 @contextlib.contextmanager
-def sharded_training(mesh: Mesh) -> Iterator[None]:
+def sharded_training(mesh: Mesh | None) -> Iterator[None]:
     """Programs that are traced inside pin activations to the batch, and gather weights layer by layer.
 
     Left alone, the compiler may split the activations as the weights are, and exchange the larger of both.
     """
-    token = _training_mesh.set(mesh if mesh.size > 1 else None)
+    token = _training_mesh.set(mesh if mesh is not None and mesh.size > 1 else None)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.devices import find_gpu
 from lavatar_jax.models.dit import Remat
 from lavatar_jax.training.bad_steps import BadSteps, Policy
@@ -90,7 +91,7 @@ class Bookkeeping:
         self.config, self.step, self.seconds = config, step, seconds
         self.watch, self.bad = Stopwatch(seconds), BadSteps(config.on_bad_step)
         self.stopping, self._saved = False, seconds
-        self.complaint: str | None = None
+        self.failure: UserError | None = None  # to raise when all is saved
         self._window: list[dict[str, Any]] = []
         self._times: list[float] = []
         self._landed: float | None = None
@@ -124,9 +125,9 @@ class Bookkeeping:
         self.watch.run()  # from the first step on: its compilation is not training
         self.stopping, self.seconds = self.stopping or bool(agreed[0]), float(agreed[1])
         if (complaint := self._judge(flight, metrics)) is not None:
-            self.complaint = complaint
             self.log.bad_step(flight.step, complaint)
-            self.stopping = self.stopping or self.bad.should_stop()
+            if self.bad.should_stop() and self.failure is None:
+                self.stopping, self.failure = True, self.bad.error(complaint)
         else:
             self._window.append(metrics)
         if flight.step % self.config.log_every == 0 and self._window:

@@ -109,9 +109,12 @@ def fit(
     run = Bookkeeping(config, int(state.step), float(state.seconds), flops, mesh)
     agree = Agreement(mesh)
     pending: Flight | None = None
+    saved_step = -1
 
     def save() -> None:
-        with jax.transfer_guard("allow"), run.paused():
+        nonlocal saved_step
+        saved_step = run.step
+        with jax.transfer_guard("allow"), sharded_training(None), run.paused():
             whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
             run.log.saving(run.step, run.done)
             numbers = evaluate(whole) if evaluate is not None else None
@@ -152,8 +155,9 @@ def fit(
                 save()
         if pending is not None:
             run.land(pending)
-        save()
+        if run.step != saved_step:
+            save()
         checkpoints.close()
-    if run.bad.should_stop():
-        raise run.bad.error(run.complaint or "")
+    if run.failure is not None:
+        raise run.failure
     return state

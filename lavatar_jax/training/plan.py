@@ -16,10 +16,9 @@ import numpy as np
 
 from lavatar_jax.evaluation.devices import GPUS
 from lavatar_jax.parallel import STACKED, param_spec
-from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import dtype_of
 from lavatar_jax.training.run import Run
-from lavatar_jax.training.state import LossFn, Params, create_state
+from lavatar_jax.training.state import LossFn, Params
 from lavatar_jax.training.weights import Weights
 
 USABLE = 0.92  # of a device's memory; the rest: driver, context, fragments
@@ -28,14 +27,22 @@ COUNTS = (128, 64, 8)  # devices that a plan is made for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a stage says about itself, all abstract. `layer_loss`: the loss of the same model with one layer
-    and nothing recomputed, with its parameters; None where there are no layers."""
+    """What a stage says about itself, all abstract.
+
+    `state`: what training changes: `params`, `average`, `optimizer`, and `critic`, `critic_optimizer` where
+    there is one. `loss`: the one whose backward pass keeps most. `layer`: weights and loss of the same model
+    with one layer and nothing recomputed; None where there are no layers. `cache`: keys and values that a
+    sample streams with; tensor parallelism splits their heads.
+    """
 
     weights: Weights[Any]
+    state: Any
     loss: LossFn
     batch: dict[str, jax.ShapeDtypeStruct]  # one sample
-    layer: tuple[Weights[Any], LossFn] | None
+    layer: tuple[Weights[Any], LossFn] | None = None
+    cache: Any = None
     heads: int = 1
+    accumulates: bool = True  # can compute a batch in parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,16 +107,15 @@ def _bytes(tree: Any, fsdp: int, tensor: int, dtype: Callable[[str], np.dtype] |
     return total
 
 
+def _size(tree: Any) -> float:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 class Planner:
     """Traces a run once, then gives the memory of any layout."""
 
     def __init__(self, run: Run, subject: Subject) -> None:
         self.run, self.subject = run, subject
-        params = subject.weights.params
-        optimizer = make_optimizer(
-            params, stacked=STACKED, weight_decay=run.train.weight_decay, config=run.optim
-        )
-        self.state = jax.eval_shape(lambda p: create_state(p, optimizer, 0), params)
         self.activations, self.copies = saved_bytes(subject.loss, subject.weights, subject.batch)
         self.working = 0.0
         if subject.layer is not None:
@@ -118,8 +124,10 @@ class Planner:
 
     def memory(self, samples: int, fsdp: int, tensor: int, accumulate: int) -> dict[str, float]:
         """Bytes on each device while it computes `samples` at once."""
-        weights, precision = self.subject.weights, self.run.train.precision
-        trained = _bytes(self.state.params, fsdp, tensor)
+        weights, state, precision = self.subject.weights, self.subject.state, self.run.train.precision
+        trained = [state.params, getattr(state, "critic", {})]
+        optimizers = [state.optimizer, getattr(state, "critic_optimizer", {})]
+        gradient = _bytes(state.params, fsdp, tensor)
         gathered = 0.0
         if fsdp > 1:  # the layer that is computed, the next one on its way, and all that is no layer
             for name, leaf in {**weights.frozen, **weights.params}.items():
@@ -127,20 +135,21 @@ class Planner:
                 gathered += 2 * whole / leaf.shape[0] if name.split(".")[0] in STACKED else whole
         return {
             "frozen": _bytes(weights.frozen, fsdp, tensor),
-            "trained": trained,
-            "optimizer": _bytes(self.state.optimizer, fsdp, tensor),
-            "average": _bytes(self.state.average, fsdp, tensor),
-            "gradient": trained * (1 + (accumulate > 1)),
+            "trained": _bytes(trained, fsdp, tensor),
+            "optimizer": _bytes(optimizers, fsdp, tensor),
+            "average": _bytes(state.average, fsdp, tensor),
+            "gradient": gradient * (1 + (accumulate > 1)),
             "weight copies": self.copies / (fsdp * tensor) + gathered,
             "activations": samples * self.activations,
             "working": samples * self.working,
+            "cache": samples * _size(self.subject.cache) / tensor,
         }
 
     def layouts(self, devices: int) -> Iterator[Layout]:
         """Ways to share a step, those with the least communication first."""
         for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0 and self.subject.heads % n == 0):
             shards = devices // tensor
-            batch = -(-self.run.train.batch // shards) * shards
+            batch = -(-self.run.train.batch // shards) * shards if self.subject.accumulates else shards
             for fsdp in (2**n for n in range(shards.bit_length()) if shards % 2**n == 0):
                 parts, accumulate = batch // shards, self.run.train.accumulate
                 while accumulate <= parts:

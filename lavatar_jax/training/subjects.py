@@ -10,43 +10,109 @@ import jax.numpy as jnp
 
 from lavatar_jax.data.clips import WEIGHT_STRIDE
 from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import STACKED
 from lavatar_jax.training import diffusion_forcing, vae
 from lavatar_jax.training.diffusion_forcing import DiTRun
+from lavatar_jax.training.distill import DistillRun, make_roles, make_step, sampler_rollout
+from lavatar_jax.training.distill_step import create_distill_state
+from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.plan import Subject
 from lavatar_jax.training.precision import compute_in
+from lavatar_jax.training.run import Run
+from lavatar_jax.training.scores import make_denoiser
+from lavatar_jax.training.state import LossFn, Metrics, Params, create_state
+from lavatar_jax.training.student import begin_cache
 from lavatar_jax.training.vae import VAERun
-from lavatar_jax.training.weights import abstract_weights
+from lavatar_jax.training.weights import Weights, abstract_weights
 
 
 def subject(run: Any) -> Subject:
     """Raises UserError for a stage that has no plan."""
-    if isinstance(run, DiTRun):
-        return _forcing(run)
+    if isinstance(run, DiTRun | DistillRun) and run.model.attention == "cudnn":
+        # The flash kernel cannot be traced everywhere, and keeps what the chunked attention keeps.
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="chunked"))
     if isinstance(run, VAERun):
         return _vae(run)
-    raise UserError(f"--plan: not for a {type(run).__name__}, only for stages 0 and 1")
+    if isinstance(run, DiTRun):
+        return _forcing(run)
+    if isinstance(run, DistillRun):
+        return _distill(run)
+    raise UserError(f"--plan: there is none for a {type(run).__name__}")
+
+
+def _state(run: Run, params: Params) -> Any:
+    optimizer = make_optimizer(params, stacked=STACKED, weight_decay=run.train.weight_decay, config=run.optim)
+    return jax.eval_shape(lambda params: create_state(params, optimizer, 0), params)
+
+
+def _one_layer(run: Any) -> Any:
+    """The same run with one layer, which hears speech, and nothing recomputed."""
+    model = dataclasses.replace(run.model, layers=1, inject_layers=(0,))
+    return dataclasses.replace(run, model=model, train=dataclasses.replace(run.train, remat="none"))
 
 
 def _forcing(run: DiTRun) -> Subject:
-    # The flash kernel cannot be traced everywhere, and keeps what the chunked attention keeps.
-    attention = "chunked" if run.model.attention == "cudnn" else run.model.attention
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
-
-    def loss_of(run: DiTRun) -> tuple[Any, Any]:
+    def loss_of(run: DiTRun) -> tuple[Weights[Any], LossFn]:
         weights = abstract_weights(run.make, run.lora)
         merge = compute_in(weights.merge, run.train.precision)
-        loss = diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
+        return weights, diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
+
+    weights, loss = loss_of(run)
+    return Subject(
+        weights=weights,
+        state=_state(run, weights.params),
+        loss=loss,
+        batch=_sample(run, motion=True),
+        layer=loss_of(_one_layer(run)),
+        heads=run.model.heads,
+    )
+
+
+def _distill(run: DistillRun) -> Subject:
+    """The critic's step keeps most: it learns on a whole clip at once, the student on a block."""
+
+    def loss_of(run: DistillRun) -> tuple[Weights[Any], LossFn]:
+        weights, roles = abstract_weights(run.make, run.lora), make_roles(run)
+        grid = sampler_rollout(run.rollout, run.sampling).grid
+
+        def loss(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            dit = roles.critic(params, frozen)
+            denoise = make_denoiser(dit, batch, run.score, grid, remat=run.train.remat)
+            clip = batch["latent"]
+            return jnp.mean(jnp.square(denoise(clip, jnp.full(clip.shape[:2], 500.0)))), {}
+
+        if not run.lora.rank:  # the teacher is a whole network of its own
+            weights = weights._replace(frozen=weights.params)
         return weights, loss
 
     weights, loss = loss_of(run)
-    single = dataclasses.replace(run.model, layers=1, inject_layers=(0,))
-    layer = loss_of(
-        dataclasses.replace(run, model=single, train=dataclasses.replace(run.train, remat="none"))
+    _, optimizers = make_step(run, weights.params, [])
+    state = jax.eval_shape(
+        lambda params: create_distill_state(
+            params, params, optimizers, steps=run.sampling.steps, rewards=0, seed=0
+        ),
+        weights.params,
     )
-    return Subject(weights=weights, loss=loss, batch=_sample(run), layer=layer, heads=run.model.heads)
+    batch, roles = _sample(run, motion=False), make_roles(run)
+
+    def caches(params: Params, frozen: Params, batch: Any) -> Any:
+        dit = roles.student(params, frozen)
+        begun = begin_cache(dit, run.sampling, batch["reference"], batch["text"])
+        return begun, begun  # the empty one that the replay begins with, and the one that fills
+
+    return Subject(
+        weights=weights,
+        state=state,
+        loss=loss,
+        batch=batch,
+        layer=loss_of(_one_layer(run)),
+        cache=jax.eval_shape(caches, weights.params, weights.frozen, batch),
+        heads=run.model.heads,
+        accumulates=False,
+    )
 
 
-def _sample(run: DiTRun) -> dict[str, jax.ShapeDtypeStruct]:
+def _sample(run: DiTRun | DistillRun, *, motion: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """One record as `record_batches` gives it."""
     model, (frames, height, width) = run.model, run.clip
     shapes: dict[str, tuple[int, ...]] = {
@@ -56,7 +122,7 @@ def _sample(run: DiTRun) -> dict[str, jax.ShapeDtypeStruct]:
         "text": (model.text_len, model.text_dim),
         "mouth": (height, width),
     }
-    if model.use_motion:
+    if motion and model.use_motion:
         shapes["motion"] = (model.motion_frames[1], height, width, model.latent_channels)
     return {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in shapes.items()}
 
@@ -70,4 +136,4 @@ def _vae(run: VAERun) -> Subject:
         "video": jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8),
         "weight": jax.ShapeDtypeStruct((1, frames, *grid), jnp.uint8),
     }
-    return Subject(weights=weights, loss=loss, batch=batch, layer=None)
+    return Subject(weights=weights, state=_state(run, weights.params), loss=loss, batch=batch)
