@@ -69,11 +69,8 @@ export function play(kept, file) {
   return json("POST", below(kept, "/speak"), { token: kept.token, body: form, patience: null });
 }
 
-// An offer in SDP; returns the answer, and where to hang up.
+// An offer in SDP; returns the answer.
 export async function call(kept, offer) {
   const asked = { token: kept.token, body: offer, type: "application/sdp" };
-  const answer = await request("POST", below(kept, "/call"), asked);
-  return { sdp: await answer.text(), location: answer.headers.get("Location") };
+  return (await request("POST", below(kept, "/call"), asked)).text();
 }
-
-export const hangUp = (kept, location) => request("DELETE", location, { token: kept.token });

@@ -27,11 +27,23 @@ let firstFrame, roundTrip, stats;
 
 const states = {
   asking: () => veil("Your browser asks whether this page may use the microphone.", { cancel: "Go on without" }),
-  opening: () => veil("Opening a session…", { cancel: "Cancel" }),
-  waiting: ({ message, seconds }) => veil(message, { count: seconds, cancel: "Cancel" }),
-  connecting: () => veil("Connecting…", { cancel: "Cancel" }),
-  lost: ({ seconds }) =>
-    veil("The connection is lost. Trying to come back…", { count: seconds, cancel: "Stop" }),
+  opening() {
+    status("Opening");
+    veil("Opening a session…", { cancel: "Cancel" });
+  },
+  waiting({ message, seconds }) {
+    status("Waiting");
+    veil(message, { count: `Trying again in ${seconds} s`, cancel: "Cancel" });
+  },
+  connecting() {
+    status("Connecting");
+    veil("Connecting…", { cancel: "Cancel" });
+  },
+  lost({ seconds }) {
+    status("Connection lost");
+    delete $("screen").dataset.speaking;
+    veil("The connection is lost. Trying to come back…", { count: `for ${seconds} s more`, cancel: "Stop" });
+  },
   live() {
     veil(null);
     status("Live");
@@ -60,7 +72,6 @@ const states = {
 
 function changed(state, about) {
   if (state !== "live" && state !== "over" && document.body.dataset.state === "setup") enter("opening");
-  if (state === "lost") status("Connection lost");
   states[state](about);
 }
 

@@ -17,12 +17,11 @@ export function notice(text, { seconds = 0, kind = "problem" } = {}) {
   if (seconds) fading = setTimeout(notice, 1000 * seconds, null);
 }
 
-// `count`: seconds to show; they are not read out each time. `cancel`: the button's word.
-export function veil(text, { count = null, busy = true, cancel = null } = {}) {
+// `count`: changes each second, and is not read out each time. `cancel`: the button's word.
+export function veil(text, { count = null, cancel = null } = {}) {
   $("veil").hidden = !text;
-  $("veil").classList.toggle("waits", busy);
   if ($("veil-text").textContent !== text) $("veil-text").textContent = text ?? "";
-  $("veil-count").textContent = count === null ? "" : `${count} s`;
+  $("veil-count").textContent = count ?? "";
   $("veil-cancel").hidden = !cancel;
   if (cancel) $("veil-cancel").textContent = cancel;
 }

@@ -16,13 +16,11 @@ export async function connect({ kept, config, microphone, view, told, lost }) {
   peer.addTransceiver("video", { direction: "recvonly" });
   const channel = peer.createDataChannel("events");
   let over = false;
-  let location = null;
 
   function close() {
     over = true;
     peer.close();
     view.stop();
-    if (location) api.hangUp(kept, location).catch(() => {});
   }
 
   channel.onmessage = ({ data }) => told(JSON.parse(data));
@@ -31,8 +29,7 @@ export async function connect({ kept, config, microphone, view, told, lost }) {
     await peer.setLocalDescription();
     await until(peer, "icegatheringstatechange", () => peer.iceGatheringState === "complete", GATHERING);
     const answer = await api.call(kept, peer.localDescription.sdp);
-    location = answer.location;
-    await peer.setRemoteDescription({ type: "answer", sdp: answer.sdp });
+    await peer.setRemoteDescription({ type: "answer", sdp: answer });
     if (!(await until(channel, "open", () => channel.readyState === "open", CONNECTING)))
       throw new Error("no connection by WebRTC");
   } catch (problem) {
