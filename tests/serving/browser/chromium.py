@@ -18,13 +18,13 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = """
-    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions
-    --use-fake-device-for-media-stream --use-fake-ui-for-media-stream
-    --autoplay-policy=no-user-gesture-required --allow-loopback-in-peer-connection --mute-audio
-    --hide-scrollbars --remote-debugging-port=0
-""".split()
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+    "--disable-extensions", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required", "--allow-loopback-in-peer-connection", "--mute-audio",
+    "--hide-scrollbars", "--remote-debugging-port=0",
+]  # fmt: skip
 DESKTOP, PHONE = (1280, 860), (390, 844)
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
 
@@ -36,8 +36,9 @@ class PageError(AssertionError):
 class Page:
     """One tab. `requests` and `complaints` collect what it asked for, and what its console says."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: ClientConnection, downloads: Path) -> None:
         self._socket, self._numbers = socket, itertools.count(1)
+        self.downloads = downloads
         self.requests: list[str] = []
         self.complaints: list[str] = []
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
@@ -65,7 +66,7 @@ class Page:
             case "Log.entryAdded" if about["entry"]["level"] == "error":
                 self.complaints.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
 
-    # ---- looking ---------------------------------------------------------------------------------------------
+    # ---- looking -------------------------------------------------------------------------------------------
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression, which may be a promise."""
@@ -97,25 +98,34 @@ class Page:
         picture = self.command("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(picture))
 
-    # ---- doing -----------------------------------------------------------------------------------------------
+    # ---- doing ---------------------------------------------------------------------------------------------
 
-    def open(self, url: str, size: tuple[int, int] = DESKTOP, *, dark: bool = False, still: bool = False) -> None:
+    def open(
+        self, url: str, size: tuple[int, int] = DESKTOP, *, dark: bool = False, still: bool = False
+    ) -> None:
         """`still`: for somebody who wants less motion."""
         self.show(size, dark=dark, still=still)
         self.command("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && document.getElementById('start')")
+        self.wait("document.readyState === 'complete' && document.getElementById('start') !== null")
 
     def show(self, size: tuple[int, int], *, dark: bool = False, still: bool = False) -> None:
         width, height = size
         mobile = width < 600
         self.command(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
         )
         features = [
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
             {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"},
         ]
         self.command("Emulation.setEmulatedMedia", features=features)
+
+    def before_loading(self, script: str) -> None:
+        self.command("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def click(self, selector: str) -> None:
         """Where it is, as a mouse does: what covers it would get the click."""
@@ -132,7 +142,9 @@ class Page:
             text = {"Enter": "\r"}.get(name, name if len(name) == 1 else "")
             code = KEYS.get(name, ord(name[0].upper()))
             about = {"key": name, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
-            self.command("Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {}))
+            self.command(
+                "Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {})
+            )
             self.command("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def type(self, text: str) -> None:
@@ -148,15 +160,8 @@ SAYS = "[document.body.dataset.state, document.body.innerText.slice(0, 400)]"
 
 
 class Browser:
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._root = connect(self._debugger("/json/version"), max_size=None)
-
-    def _debugger(self, path: str) -> str:
-        import urllib.request
-
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as answer:
-            return json.load(answer)["webSocketDebuggerUrl"]
+    def __init__(self, port: int, root: ClientConnection) -> None:
+        self._port, self._root = port, root
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._root.send(json.dumps({"id": 1, "method": method, "params": params}))
@@ -172,15 +177,12 @@ class Browser:
         target = self._ask("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         address = f"ws://127.0.0.1:{self._port}/devtools/page/{target}"
         try:
-            with connect(address, max_size=None) as socket:
-                yield Page(socket)
+            with tempfile.TemporaryDirectory() as folder, connect(address, max_size=None) as socket:
+                where = {"behavior": "allow", "downloadPath": folder, "browserContextId": context}
+                self._ask("Browser.setDownloadBehavior", **where)
+                yield Page(socket, Path(folder))
         finally:
             self._ask("Target.disposeBrowserContext", browserContextId=context)
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._root.send(json.dumps({"id": 2, "method": "Browser.close"}))
-        self._root.close()
 
 
 @contextlib.contextmanager
@@ -193,19 +195,19 @@ def chromium(microphone: Path) -> Iterator[Browser]:
             [PROGRAM, *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            browser = Browser(_port(Path(profile) / "DevToolsActivePort", process))
-            yield browser
-            browser.close()
-            process.wait(10)
+            port, path = _debugger(Path(profile) / "DevToolsActivePort", process)
+            with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as root:
+                yield Browser(port, root)
         finally:
             process.kill()
             process.wait()
 
 
-def _port(file: Path, process: subprocess.Popen[bytes]) -> int:
+def _debugger(file: Path, process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """Where the browser listens."""
     for _ in range(600):
         assert process.poll() is None, "chromium ended at once"
-        if file.exists() and (lines := file.read_text().split("\n"))[0]:
-            return int(lines[0])
+        if file.exists() and len(lines := file.read_text().split("\n")) == 2:
+            return int(lines[0]), lines[1]
         time.sleep(0.05)
     raise AssertionError("chromium does not start")

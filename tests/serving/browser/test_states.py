@@ -1,0 +1,251 @@
+"""What the page says and does when something is in the way, with a keyboard, and on a phone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavatar_jax.serving import sessions
+from tests.serving.browser.chromium import DESKTOP, PHONE, Page
+from tests.serving.browser.conftest import Puppets
+from tests.serving.browser.test_talking import LIVE, SETUP, SPEAKS, stop
+from tests.serving.browser.watching import no_overflow
+from tests.serving.conftest import KEY, wait_for
+
+Make = Callable[..., Puppets]
+VEIL = "document.getElementById('veil').hidden ? '' : document.getElementById('veil-text').innerText"
+NOTICE = "document.getElementById('notice').hidden ? '' : document.getElementById('notice-text').innerText"
+
+
+def says(where: str, words: str) -> str:
+    return f"({where}).includes({json.dumps(words)})"
+
+
+def begin(page: Page, puppets: Puppets, query: str = "") -> None:
+    page.open(puppets.url + query)
+    page.wait(SETUP)
+    page.click("#start")
+    page.wait(LIVE)
+
+
+def test_setup_in_every_size_and_light(page: Page, puppets: Make) -> None:
+    served = puppets()
+    for size, name in ((DESKTOP, "desktop"), (PHONE, "phone"), ((320, 640), "narrow")):
+        for dark in (False, True):
+            page.open(served.url, size, dark=dark, still=True)
+            page.wait("document.getElementById('status').innerText === 'Ready'")
+            page.wait("[...document.images].every((image) => image.complete && image.naturalWidth)")
+            assert no_overflow(page)
+            page.screenshot(f"setup-{name}-{'dark' if dark else 'light'}")
+    assert not page.evaluate("document.getElementById('badge').checkVisibility()")  # no avatar yet
+
+
+def test_busy_server(page: Page, puppets: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions.BUSY, "retry_after", 2)
+    served = puppets()
+    served.client.post("/v1/sessions", json={}).raise_for_status()
+    page.open(served.url)
+    page.wait(SETUP)
+    page.click("#start")
+    page.wait(says(VEIL, "Every place is taken"))
+    page.wait("document.getElementById('veil-count').innerText === 'Trying again in 1 s'")
+    page.screenshot("busy")
+    page.click("#veil-cancel")
+    page.wait(SETUP)
+    page.click("#start")
+    page.wait(says(VEIL, "Every place is taken"))
+    served.run(served.room.stop("closed"))
+    page.wait(LIVE)
+    page.complaints.clear()  # the browser notes each 503
+    stop(page)
+
+
+def test_a_server_that_still_compiles(page: Page, puppets: Make) -> None:
+    served = puppets()
+    served.sessions.ready = False
+    page.open(served.url)
+    page.wait("document.getElementById('status').innerText.includes('being compiled')")
+    page.click("#start")
+    page.wait(says(VEIL, "being compiled"))
+    page.screenshot("starting")
+    served.sessions.ready = True
+    page.wait(LIVE)
+    page.complaints.clear()
+    stop(page)
+
+
+def test_no_permission_for_the_microphone(page: Page, puppets: Make) -> None:
+    refusal = "async () => { throw new DOMException('', 'NotAllowedError') }"
+    page.before_loading(f"navigator.mediaDevices.getUserMedia = {refusal}")
+    served = puppets()
+    begin(page, served)
+    assert "microphone is blocked" in page.evaluate(NOTICE)
+    assert page.evaluate("document.getElementById('mute').getAttribute('aria-pressed')") == "false"
+    page.show(PHONE)
+    assert no_overflow(page)
+    page.screenshot("no-microphone-phone")
+    page.click("#notice-close")
+    assert page.evaluate(NOTICE) == ""
+    assert "no text-to-speech" in page.text("#talk-hint")
+    stop(page)
+
+
+def test_a_picture_of_ones_own_needs_consent(page: Page, puppets: Make, tmp_path: Path) -> None:
+    served = puppets()
+    colours = np.zeros((300, 600, 3), np.uint8)
+    colours[:, 300:] = (250, 220, 40)
+    Image.fromarray(colours).save(tmp_path / "me.png")
+    page.before_loading(
+        "const make = URL.createObjectURL; URL.createObjectURL = (blob) => make((window.picture = blob))"
+    )
+    page.open(served.url)
+    page.wait(SETUP)
+    page.choose_file("#picture", tmp_path / "me.png")
+    page.wait("document.getElementById('crop').open")
+    page.show(PHONE, dark=True)
+    assert no_overflow(page)
+    page.screenshot("crop-phone-dark")
+    page.show(DESKTOP)
+    for _ in range(20):  # the picture to the left, as far as it goes
+        page.key("ArrowLeft")
+    page.click("#crop-use")
+    assert "consent" in page.text("#crop-problem")
+    page.screenshot("crop-without-consent")
+    page.key(" ")  # the focus is where it is missing
+    page.click("#consent-name")
+    page.type("Ada")
+    page.key("Enter")
+    page.wait("!document.getElementById('crop').open && document.querySelector('input[value=own]')?.checked")
+    page.screenshot("own-picture")
+    page.click("#start")
+    page.wait(LIVE)
+    (line,) = (served.data / "consent.jsonl").read_text().splitlines()
+    stated = json.loads(line)
+    assert stated["name"] == "Ada"
+    sent = page.evaluate(
+        "window.picture.arrayBuffer().then((data) => crypto.subtle.digest('SHA-256', data))"
+        ".then((hash) => [...new Uint8Array(hash)])"
+    )
+    assert bytes(sent).hex() == stated["image_sha256"]
+    seen = page.evaluate(
+        "(() => { const c = document.createElement('canvas'); const b = c.getContext('2d');"
+        "b.drawImage(document.getElementById('video'), 0, 0, 8, 8);"
+        "return [...b.getImageData(1, 1, 1, 1).data] })()"
+    )
+    assert np.abs(np.array(seen[:3]) - (250, 220, 40)).max() < 40  # only the yellow half was used
+    stop(page)
+
+
+def test_a_file_that_is_no_picture(page: Page, puppets: Make, tmp_path: Path) -> None:
+    (tmp_path / "me.png").write_text("nothing to see")
+    page.open(puppets().url)
+    page.wait(SETUP)
+    page.choose_file("#picture", tmp_path / "me.png")
+    page.wait(says(NOTICE, "not a picture"))
+
+
+@pytest.mark.parametrize("media", ["webrtc", "ws"])
+def test_a_lost_connection_comes_back(page: Page, puppets: Make, media: str) -> None:
+    served = puppets()
+    begin(page, served, f"/?media={media}")
+    room = served.room
+    (before,) = room.connections
+    if media == "ws":
+        served.run(served.cut())
+    else:
+        served.run(before._peer.close())
+    wait_for(lambda: room.connections and room.connections != [before])
+    page.wait("document.getElementById('veil').hidden")
+    assert served.room is room
+    page.wait(SPEAKS)
+    page.complaints.clear()
+    stop(page)
+
+
+def test_a_server_that_is_gone(page: Page, puppets: Make) -> None:
+    served = puppets(reconnect=6.0)
+    begin(page, served, "/?media=ws")
+    served.run(served.vanish())
+    page.wait(says(VEIL, "connection is lost"))
+    page.screenshot("lost")
+    page.show(PHONE, dark=True)
+    page.screenshot("lost-phone-dark")
+    page.wait(says(NOTICE, "did not come back"))
+    page.wait(SETUP)
+    page.show(DESKTOP)
+    page.screenshot("gone")
+    page.complaints.clear()  # the browser notes each failed request
+
+
+def test_a_server_that_stops_says_so(page: Page, puppets: Make) -> None:
+    served = puppets()
+    begin(page, served)
+    served.server.should_exit = True
+    page.wait(says(NOTICE, "The server stops."))
+    page.wait(SETUP)
+    page.complaints.clear()
+
+
+def test_key_of_the_server(page: Page, puppets: Make) -> None:
+    served = puppets(api_key=KEY)
+    page.open(served.url)
+    page.wait(SETUP)
+    page.click("#start")
+    page.wait(says(NOTICE, "API key"))
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.screenshot("key")
+    page.type(KEY)
+    page.key("Enter")
+    page.wait(LIVE)
+    page.complaints.clear()
+    stop(page)
+
+
+def test_everything_by_keyboard(page: Page, puppets: Make) -> None:
+    served = puppets()
+    page.open(served.url)
+    page.wait(SETUP)
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.key("Tab")
+            if page.evaluate("document.activeElement.id || document.activeElement.name") == name:
+                return
+        raise AssertionError(f"{name} is not reached")
+
+    tab_to("face")
+    page.key("ArrowRight")
+    assert page.evaluate("document.activeElement.value") == "amira"
+    page.screenshot("focus-face")
+    tab_to("start")
+    page.key("Enter")
+    page.wait(LIVE)
+    assert served.room.identity.face == "amira"
+    page.wait("document.activeElement.id === 'mute'")
+    page.screenshot("focus-microphone")
+    page.key("m")
+    page.wait("document.getElementById('mute').getAttribute('aria-pressed') === 'false'")
+    wait_for(lambda: served.room.voice.muted)
+    page.key("Escape")
+    wait_for(lambda: served.host.opened[0].interrupts)
+    tab_to("stop")
+    page.key("Enter")
+    page.wait(SETUP)
+    assert page.evaluate("document.activeElement.id") == "start"
+
+
+def test_every_control_has_a_name(page: Page, puppets: Make) -> None:
+    page.open(puppets().url)
+    page.wait(SETUP)
+    page.command("Accessibility.enable")
+    nodes = page.command("Accessibility.getFullAXTree")["nodes"]
+    roles = ("button", "checkbox", "radio", "textbox", "slider", "combobox", "link", "image")
+    found = [node for node in nodes if node.get("role", {}).get("value") in roles and not node.get("ignored")]
+    assert len(found) > 10
+    nameless = [node["role"]["value"] for node in found if not node.get("name", {}).get("value")]
+    assert not nameless

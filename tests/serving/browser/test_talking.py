@@ -1,0 +1,121 @@
+"""The first user's way: the page of `serve.py live`, a voice in the microphone, a face that says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from lavatar_jax.inference.generate import SAMPLES
+from tests.serving.browser.chromium import DESKTOP, PHONE, Page
+from tests.serving.browser.watching import moves_with_sound, no_overflow, watch_mouth
+from tests.serving.conftest import wait_for
+
+LIVE = "document.body?.dataset.state === 'live'"
+SETUP = "document.body.dataset.state === 'setup' && !document.getElementById('start').disabled"
+SPEAKS = "'speaking' in document.getElementById('screen').dataset"
+
+
+def start(page: Page, address: str, face: str = "jo") -> None:
+    page.open(address)
+    page.wait(SETUP)
+    page.click(f"input[value={face}] + img")
+    page.click("#start")
+    page.wait(LIVE, 30)
+
+
+def stop(page: Page) -> None:
+    page.click("#stop")
+    page.wait(SETUP)
+
+
+@pytest.mark.parametrize("media", ["webrtc", "ws"])
+def test_the_mouth_follows_the_microphone(page: Page, live: str, media: str) -> None:
+    start(page, f"{live}/?media={media}")
+    page.wait(SPEAKS)
+    spoken, silent = moves_with_sound(*watch_mouth(page, 9))
+    assert spoken > 2.0 * silent, (spoken, silent)
+    assert spoken > 4, (spoken, silent)
+    page.evaluate("document.getElementById('costs').open = true")
+    page.wait("document.getElementById('parts').children.length > 10")
+    assert float(page.text("#numbers dd").split()[0]) > 10
+    assert page.evaluate("document.getElementById('badge').checkVisibility()")
+    for size, name in ((DESKTOP, "desktop"), (PHONE, "phone")):
+        for dark in (False, True):
+            page.show(size, dark=dark)
+            assert no_overflow(page)
+            page.screenshot(f"live-{media}-{name}-{'dark' if dark else 'light'}")
+    page.show(DESKTOP)
+    stop(page)
+
+
+def test_a_file_is_said_recorded_and_interrupted(page: Page, live: str) -> None:
+    page.open(live)
+    page.wait(SETUP)
+    page.click("#use-microphone")
+    page.click("#start")
+    page.wait(LIVE, 30)
+    page.click("#record")
+    page.choose_file("#file", SAMPLES / "voice.flac")
+    page.wait(SPEAKS)
+    page.wait("document.getElementById('recorded-time').innerText >= '0:02'")
+    page.screenshot("recording")
+    page.key("Escape")
+    page.wait("document.getElementById('status').innerText === 'Interrupted'", 3)
+    page.wait(f"!({SPEAKS})", 4)  # of the nearly 8 seconds, most were not said
+    page.click("#record")
+    page.wait("document.getElementById('playback').readyState >= 2")
+    page.click("#download")
+    (file,) = wait_for(lambda: list(page.downloads.glob("avatar.mp4")))
+    sound, frames = decode(file)
+    assert len(frames) >= 25
+    assert frames[0].shape == (512, 512, 3)
+    assert np.sqrt(np.mean(sound**2)) > 0.01
+    page.evaluate("document.getElementById('playback').play()")
+    page.wait("document.getElementById('playback').currentTime > 0.3")
+    stop(page)
+    page.screenshot("recorded")
+
+
+def decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The sound and the pictures of a video."""
+    with av.open(path) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with av.open(path) as file:
+        sound = np.concatenate([frame.to_ndarray().ravel() for frame in file.decode(audio=0)])
+    return sound, frames
+
+
+def test_a_text_is_spoken(page: Page, live: str) -> None:
+    page.open(live)
+    page.wait(SETUP)
+    if not page.evaluate("fetch('/v1/config').then((a) => a.json()).then((c) => c.tts.available)"):
+        pytest.skip("no text-to-speech is installed (Debian: flite)")
+    page.click("#use-microphone")
+    page.click("#start")
+    page.wait(LIVE, 30)
+    page.click("#text")
+    page.type("Hello, who are you?")
+    page.key("Enter")
+    page.wait(SPEAKS)
+    assert page.evaluate("document.getElementById('text').value") == ""
+    page.click("#prompt")
+    page.evaluate("document.getElementById('prompt').select()")
+    page.type("a person talking, smiling")
+    page.key("Enter")
+    page.wait("document.getElementById('status').innerText === 'The new prompt is in use'", 5)
+    stop(page)
+
+
+def test_a_reload_goes_on_with_the_session(page: Page, live: str) -> None:
+    start(page, live, face="nia")
+    kept = page.evaluate("sessionStorage.getItem('session')")
+    page.command("Page.reload")
+    page.wait("document.body?.dataset.state !== 'live'")
+    page.wait(LIVE, 30)
+    assert page.evaluate("sessionStorage.getItem('session')") == kept
+    assert page.evaluate("document.querySelector('input[name=face]:checked').value") == "nia"
+    stop(page)
+    assert page.evaluate("sessionStorage.getItem('session')") is None

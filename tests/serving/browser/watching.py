@@ -1,0 +1,65 @@
+"""What can be seen on the page while the avatar speaks: its mouth, measured where a viewer sees it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from tests.serving.browser.chromium import Page
+
+# Every 40 ms: the mouth as 16 x 16 greys, and whether there is sound with it: heard in the stream of a video,
+# or, where there is a canvas, as the server tells it.
+WATCH = """
+window.seen = [];
+(() => {
+  const small = Object.assign(document.createElement("canvas"), { width: 16, height: 16 });
+  const brush = small.getContext("2d", { willReadFrequently: true });
+  const video = document.getElementById("video");
+  let ear = null;
+  if (video.srcObject) {
+    const context = new AudioContext();
+    ear = context.createAnalyser();
+    context.createMediaStreamSource(video.srcObject).connect(ear);
+  }
+  const heard = () => {
+    if (!ear) return "speaking" in document.getElementById("screen").dataset ? 1 : 0;
+    const samples = new Float32Array(ear.fftSize);
+    ear.getFloatTimeDomainData(samples);
+    return Math.hypot(...samples) / Math.sqrt(samples.length);
+  };
+  window.watching = setInterval(() => {
+    const shown = video.srcObject ? video : document.getElementById("canvas");
+    const side = shown.videoWidth || shown.width;
+    brush.drawImage(shown, 0.36 * side, 0.62 * side, 0.28 * side, 0.24 * side, 0, 0, 16, 16);
+    const colours = brush.getImageData(0, 0, 16, 16).data;
+    const greys = [];
+    for (let i = 0; i < colours.length; i += 4)
+      greys.push((colours[i] + colours[i + 1] + colours[i + 2]) / 3);
+    window.seen.push([heard(), greys]);
+  }, 40);
+})();
+"""
+
+
+def watch_mouth(page: Page, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Loudness [n] and how far the mouth is from its rest [n], in greys of 255."""
+    page.evaluate(WATCH)
+    time.sleep(seconds)
+    seen: list[Any] = page.evaluate("clearInterval(window.watching), window.seen")
+    loudness = np.array([heard for heard, _ in seen])
+    mouths = np.array([greys for _, greys in seen])
+    rest = np.median(mouths[loudness < 0.01], axis=0)
+    return loudness, np.abs(mouths - rest).mean(axis=1)
+
+
+def moves_with_sound(loudness: np.ndarray, opening: np.ndarray) -> tuple[float, float]:
+    """How far the mouth opens in speech, and in silence: away from where one becomes the other."""
+    spoken = np.convolve(loudness > 0.01, np.ones(9), "same")
+    return float(np.mean(opening[spoken >= 8])), float(np.mean(opening[spoken == 0]))
+
+
+def no_overflow(page: Page) -> bool:
+    """Nothing has to be scrolled sideways."""
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
