@@ -6,8 +6,9 @@ import sys
 from lavatar_jax.cli import keep_compilations, parse, run
 from lavatar_jax.inference.generate import Generate
 from lavatar_jax.serving.live import Live
+from lavatar_jax.serving.livekit_worker import LiveKit
 
-COMMANDS = {"generate": Generate, "live": Live}
+COMMANDS = {"generate": Generate, "live": Live, "livekit": LiveKit}
 
 
 def main(args: list[str]) -> None:

@@ -41,6 +41,32 @@ def video_size(height: int, width: int, rows: int) -> tuple[int, int]:
     return tuple(side * scale + side * scale % 2 for side in (height, width))  # type: ignore[return-value]
 
 
+class Painter:
+    """Frames as the model makes them -> marked pictures of the size in which they are sent (YUV 4:2:0)."""
+
+    def __init__(self, size: tuple[int, int], watermark: Watermark | None) -> None:
+        self.height, self.width = size
+        self._watermark, self._reformatter = watermark, VideoReformatter()
+
+    def paint(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[av.VideoFrame]:
+        pictures = [self._enlarge(frame) for frame in frames]
+        if self._watermark:
+            self._watermark.embed_luma([_luma(picture) for picture in pictures])
+        return pictures
+
+    def _enlarge(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
+        """Enlarges and converts in one step."""
+        return self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24"),
+            width=self.width,
+            height=self.height,
+            format="yuv420p",
+            src_colorspace=Colorspace.ITU709,
+            dst_colorspace=Colorspace.ITU709,
+            interpolation=Interpolation.BICUBIC,
+        )
+
+
 class VideoEncoder:
     """Frames uint8 [H, W, 3] -> H.264 access units, each decodable as soon as it is there.
 
@@ -49,9 +75,8 @@ class VideoEncoder:
 
     def __init__(self, size: tuple[int, int], fps: int, bit_rate: int, watermark: Watermark | None) -> None:
         self.height, self.width = size
-        self._fps, self._watermark = fps, watermark
+        self._fps, self._painter = fps, Painter(size, watermark)
         self._count, self._forced = 0, False
-        self._reformatter = VideoReformatter()
         codec = av.CodecContext.create("libx264", "w")
         codec.height, codec.width = size
         codec.pix_fmt, codec.time_base, codec.framerate = "yuv420p", Fraction(1, fps), Fraction(fps)
@@ -72,22 +97,7 @@ class VideoEncoder:
 
     def encode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[tuple[bytes, bool]]:
         """One (access unit, is it a keyframe) for each frame."""
-        pictures = [self._picture(frame) for frame in frames]
-        if self._watermark:
-            self._watermark.embed_luma([_luma(picture) for picture in pictures])
-        return [self._encode(picture) for picture in pictures]
-
-    def _picture(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
-        """Enlarges and converts in one step."""
-        return self._reformatter.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24"),
-            width=self.width,
-            height=self.height,
-            format="yuv420p",
-            src_colorspace=Colorspace.ITU709,
-            dst_colorspace=Colorspace.ITU709,
-            interpolation=Interpolation.BICUBIC,
-        )
+        return [self._encode(picture) for picture in self._painter.paint(frames)]
 
     def _encode(self, picture: av.VideoFrame) -> tuple[bytes, bool]:
         picture.pts, picture.time_base = self._count, Fraction(1, self._fps)

@@ -29,7 +29,7 @@ class FakeSession:
         self.interrupts = 0
         self.sound = np.zeros(0, np.float32)
         self._lock = threading.Lock()
-        self._parts = 0
+        self._parts = self.fed = 0
         self._start = time.monotonic()
 
     @property
