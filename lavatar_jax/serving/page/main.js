@@ -253,6 +253,7 @@ async function load() {
   config = await patiently(api.config);
   const chosen = (url, name) => Object.assign($("still"), { src: url, alt: name, hidden: false });
   const crop = new Crop(config.consent_statement);
+  $("crop-model").hidden = config.model !== "tiny";
   faces = new Faces({ list: $("faces"), input: $("picture"), crop, chosen, problem: notice });
   faces.fill(await patiently(api.faces));
   recorder = new Recorder(() => session, { marked: config.provenance.watermark });

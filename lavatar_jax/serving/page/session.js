@@ -29,7 +29,7 @@ export class Session {
     Object.assign(this, { config, microphone, screen, changed, told });
     const known = { webrtc, ws: websocket };
     this.#ways = Object.entries(known)
-      .filter(([name, way]) => (force ? name === force : way.supported()))
+      .filter(([name, way]) => (force in known ? name === force : way.supported()))
       .map(([, way]) => way);
     screen.onFirstFrame = () => {
       if (!this.#over) changed("live");
@@ -90,7 +90,9 @@ export class Session {
         if (this.#over) return opened.close();
         this.#way = opened;
         const isLast = way === this.#ways.at(-1);
-        if (isLast || (await this.#sees())) {
+        const isGood = isLast || (await this.#sees());
+        if (this.#way !== opened) return; // lost, or closed, meanwhile
+        if (isGood) {
           this.#ways = [way, ...this.#ways.filter((other) => other !== way)];
           return this.#watch(opened);
         }

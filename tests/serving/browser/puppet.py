@@ -1,8 +1,12 @@
-"""A host that needs no model: the picture it is given, with a mouth that opens when there is sound."""
+"""A host that needs no model: the picture it is given, with a mouth that opens when there is sound.
+
+With `stamped`, frames carry the time at which they are due, as a bar code: a viewer can tell their age.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -14,9 +18,9 @@ SIZE = 128
 
 
 class PuppetHost(FakeHost):
-    def __init__(self, slots: int = 1) -> None:
+    def __init__(self, slots: int = 1, *, stamped: bool = False) -> None:
         super().__init__(slots)
-        self.size = (SIZE, SIZE)
+        self.size, self.stamped = (SIZE, SIZE), stamped
 
     def open(self, image: np.ndarray, *, prompt: str = "", seed: int = 0, **options: object) -> FakeSession:
         session = super().open(image, prompt=prompt, seed=seed, **options)
@@ -25,7 +29,10 @@ class PuppetHost(FakeHost):
 
         def read(timeout: float | None = 0.0) -> Any:
             block = grey(timeout)
-            return block and dataclasses.replace(block, frames=_frames(picture, block.sound))
+            if block is None:
+                return None
+            frames = _frames(picture, block.sound)
+            return dataclasses.replace(block, frames=_stamp(frames) if self.stamped else frames)
 
         session.read = read  # type: ignore[method-assign]
         return session
@@ -40,5 +47,16 @@ def _frames(picture: Image.Image, sound: np.ndarray) -> np.ndarray:
             middle, half = 0.74 * SIZE, 0.09 * SIZE * opening
             mouth = (0.41 * SIZE, middle - half, 0.59 * SIZE, middle + half)
             ImageDraw.Draw(frame).ellipse(mouth, fill=(70, 10, 15))
-        frames.append(np.asarray(frame))
+        frames.append(np.array(frame))
     return np.stack(frames)
+
+
+def _stamp(frames: np.ndarray) -> np.ndarray:
+    """32 bits of milliseconds in the last rows but eight, most significant first; below, their complement."""
+    now = int(1e3 * time.time())
+    for index, frame in enumerate(frames):
+        due = (now + index * 1000 // FPS) & 0xFFFFFFFF
+        bits = np.array([due >> shift & 1 for shift in range(31, -1, -1)], np.uint8)
+        columns = np.repeat(bits, SIZE // 32)[None, :, None]
+        frame[-16:-8], frame[-8:] = 255 * columns, 255 * (1 - columns)
+    return frames

@@ -13,8 +13,9 @@ from PIL import Image
 from lavatar_jax.serving import sessions
 from tests.serving.browser.chromium import DESKTOP, PHONE, Page
 from tests.serving.browser.conftest import Puppets
+from tests.serving.browser.puppet import PuppetHost
 from tests.serving.browser.test_talking import LIVE, SETUP, SPEAKS, stop
-from tests.serving.browser.watching import no_overflow
+from tests.serving.browser.watching import frame_ages, no_overflow
 from tests.serving.conftest import KEY, wait_for
 
 Make = Callable[..., Puppets]
@@ -167,8 +168,32 @@ def test_a_lost_connection_comes_back(page: Page, puppets: Make, media: str) -> 
     stop(page)
 
 
+def test_a_line_that_falls_silent_is_replaced(page: Page, puppets: Make) -> None:
+    served = puppets()
+    begin(page, served)
+    page.click("#mute")
+    room = served.room
+    (before,) = room.connections
+    before.tell = lambda event: None  # nothing is closed, and nothing is told
+    page.wait(says(VEIL, "connection is lost"), 10)
+    page.wait("document.getElementById('veil').hidden")
+    assert served.room is room
+    assert before not in room.connections
+    stop(page)
+
+
+@pytest.mark.parametrize("media", ["webrtc", "ws"])
+def test_the_age_of_a_frame_on_the_screen(page: Page, puppets: Make, media: str) -> None:
+    served = puppets(PuppetHost(stamped=True))
+    begin(page, served, f"/?media={media}")
+    ages = frame_ages(page)
+    print(f"{media}: median {np.median(ages):.0f} ms, 95 % {np.quantile(ages, 0.95):.0f} ms")
+    assert np.median(ages) < 600  # 80 ms of it is the store of the server; 120 ms, of the page for WebSockets
+    stop(page)
+
+
 def test_a_server_that_is_gone(page: Page, puppets: Make) -> None:
-    served = puppets(reconnect=6.0)
+    served = puppets(reconnect=4.0)
     begin(page, served, "/?media=ws")
     served.run(served.vanish())
     page.wait(says(VEIL, "connection is lost"))

@@ -63,3 +63,31 @@ def moves_with_sound(loudness: np.ndarray, opening: np.ndarray) -> tuple[float, 
 def no_overflow(page: Page) -> bool:
     """Nothing has to be scrolled sideways."""
     return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+# At each repaint: how old the stamped frame is that is shown, in milliseconds.
+AGES = """
+new Promise((resolve) => {
+  const brush = Object.assign(document.createElement("canvas"), { width: 128, height: 128 })
+    .getContext("2d", { willReadFrequently: true });
+  const ages = [];
+  const look = () => {
+    const video = document.getElementById("video");
+    brush.drawImage(video.srcObject ? video : document.getElementById("canvas"), 0, 0, 128, 128);
+    const row = (y) => [...brush.getImageData(0, y, 128, 1).data].filter((_, i) => i % 16 === 8);
+    const [bits, others] = [row(116), row(124)].map((greys) => greys.map((grey) => (grey > 127 ? 1 : 0)));
+    if (bits.every((bit, index) => bit !== others[index])) {
+      const due = bits.reduce((value, bit) => value * 2 + bit, 0);
+      ages.push(((Date.now() % 2 ** 32) - due + 2 ** 32) % 2 ** 32);
+    }
+    if (ages.length < 100) requestAnimationFrame(look);
+    else resolve(ages);
+  };
+  look();
+})
+"""
+
+
+def frame_ages(page: Page) -> np.ndarray:
+    """Milliseconds [100] from when a frame was made to when it is on the screen."""
+    return np.array(page.evaluate(AGES))
