@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import grain
 import jax
@@ -35,7 +35,20 @@ from lavatar_jax.training.report import SAMPLES
 
 __all__ = ["LoopConfig", "fit"]
 
-State = TypeVar("State")  # a registered dataclass with `step` (int32 []) and `seconds` (float32 [])
+
+class Resumable(Protocol):
+    """A registered dataclass that counts steps (int32 []) and seconds of training (float32 [])."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def step(self) -> jax.Array: ...
+
+    @property
+    def seconds(self) -> jax.Array: ...
+
+
+State = TypeVar("State", bound=Resumable)
 StepFn = Callable[[State, Any, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Literal, TypeVar
 
-import jax
 import jax.numpy as jnp
 
 from lavatar_jax.parallel import STACKED, gather_parts
@@ -43,12 +42,3 @@ def compute_in(merge: Merge[Model], precision: Precision) -> Merge[Model]:
         return merge(cast(params), cast(frozen or {}))
 
     return merged
-
-
-def stored_as(
-    params: dict[str, jax.ShapeDtypeStruct], precision: Precision
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract parameters in the dtypes that frozen ones are kept in: they need no masters."""
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(name, precision)) for name, leaf in params.items()
-    }

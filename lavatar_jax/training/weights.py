@@ -61,7 +61,7 @@ def abstract_weights(make: Make[Model], adapters: LoraConfig | None = None, seed
     leaves, merge = split_model(jax.eval_shape(_builder(make, adapters, seed)))
     trained = {name for name in leaves if not adapters.rank or _ADAPTER.fullmatch(name)}
     params = {name: leaf for name, leaf in leaves.items() if name in trained}
-    frozen = {
+    frozen: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(_plain(name), adapters.base))
         for name, leaf in leaves.items()
         if name not in trained
@@ -100,7 +100,8 @@ def initial_weights(
         fresh = {} if len(found) == len(wanted) else param_paths(build())
         if fresh and adjust is not None:
             fresh = adjust(fresh)
-        return {name: found.get(name, fresh.get(name)).astype(leaf.dtype) for name, leaf in wanted.items()}
+        values = {**fresh, **found}
+        return {name: values[name].astype(leaf.dtype) for name, leaf in wanted.items()}
 
     found = put_tree(found, {name: shardings[name] for name in found})
     values = jax.jit(settle, out_shardings=shardings)(found)

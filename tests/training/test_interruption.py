@@ -1,0 +1,123 @@
+"""Runs in processes of their own that are killed, interrupted, and spread over two processes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavatar_jax.checkpoints.runs import RunCheckpoints
+from tests.training.toy_run import losses
+
+STEPS = 6
+LIMIT = 240  # seconds for anything here
+
+
+def start(out: Path, *options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__).with_name("toy.py")), str(out), str(STEPS)]
+    return subprocess.Popen(
+        [*command, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == f"step {step}":
+            return
+    raise AssertionError(f"it ended before step {step}: {process.communicate()[1][-2000:]}")
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        out, error = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, error = process.communicate()
+    assert process.returncode == code, error[-3000:]
+    return out + error
+
+
+def arrays(out: Path) -> dict[str, np.ndarray]:
+    checkpoints = RunCheckpoints(out / "checkpoints")
+    found = {name: np.asarray(value) for name, value in checkpoints.read(STEPS).items()}
+    checkpoints.close()
+    del found[".seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(start(out))
+    assert len(losses(out)) == STEPS
+    return out
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+    process = start(tmp_path, "--slow", 0.3)
+    wait_for_step(process, 4)
+    process.kill()
+    process.communicate()
+    assert len(losses(tmp_path)) < STEPS
+    finish(start(tmp_path))
+    assert losses(tmp_path) == losses(whole)
+    expected, found = arrays(whole), arrays(tmp_path)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
+
+
+def test_sigterm_saves_and_ends_well(whole: Path, tmp_path: Path):
+    process = start(tmp_path, "--slow", 0.3)
+    wait_for_step(process, 2)
+    process.send_signal(signal.SIGTERM)
+    assert "done" in finish(process)
+    stopped = len(losses(tmp_path))
+    assert 2 <= stopped < STEPS
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    assert checkpoints.manager.latest_step() == stopped
+    checkpoints.close()
+
+
+def pair(out: Path, *options: object) -> list[subprocess.Popen[str]]:
+    """Two processes with two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    common = ("--devices", 2, "--mesh", 2, 2, 1, "--coordinator", address, "--processes", 2, *options)
+    return [start(out, *common, "--id", index) for index in range(2)]
+
+
+def test_two_processes_equal_one(whole: Path, tmp_path: Path):
+    for process in pair(tmp_path):
+        assert "done" in finish(process)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_the_run_goes_on(whole: Path, tmp_path: Path):
+    first, second = pair(tmp_path, "--slow", 0.3)
+    wait_for_step(first, 3)
+    second.kill()
+    second.communicate()
+    killed = time.monotonic()
+    _, error = first.communicate(timeout=LIMIT)
+    assert time.monotonic() - killed < 90
+    assert first.returncode != 0
+    messages = [line for line in error.splitlines() if re.match(r"error: process 0 ends at step \d", line)]
+    assert len(messages) == 1, error[-3000:]
+    assert "Start the same command again" in messages[0]
+    for process in pair(tmp_path):
+        finish(process)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)

@@ -1,0 +1,82 @@
+"""What a run writes about itself."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavatar_jax.evaluation.devices import find_gpu
+from lavatar_jax.parallel import put_batch
+from lavatar_jax.training.logs import LogConfig
+from lavatar_jax.training.loop import LoopConfig, fit
+from lavatar_jax.training.optim import schedule
+from tests.training.toy_run import BATCH, Batches, begin, mesh_of
+
+
+def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
+    mesh = mesh_of(1, 1, 1)
+    step_fn, state, frozen = begin(mesh)
+    (tmp_path / "config.json").write_text('{"<model>": 1}')
+
+    def sample(state: Any, folder: Path) -> None:
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "face <1>.png")
+
+    config = LoopConfig(steps=6, batch=BATCH, log_every=2, warmup=0.0)
+    log = LogConfig(profile_steps=(2, 3))
+    evaluate = {"psnr": 31.5, "nothing": float("nan")}
+    fit(
+        step_fn, state, frozen, Batches(), config, tmp_path, log=log, evaluate=lambda state: evaluate,
+        sample=sample,
+    )  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<polyline") >= 4, "loss, gradient norm, rate, evaluation"
+    assert "psnr: 31.5" in page
+    assert "data:image/png;base64," in page
+    assert "Samples of step 6" in page
+    assert "&lt;model&gt;" in page
+    assert "face &lt;1&gt;" in page
+    assert 'src="http' not in page
+    assert "href" not in page
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
+    mesh = mesh_of(1, 1, 1)
+    step_fn, state, frozen = begin(mesh)
+
+    def careless(state: Any, frozen: Any, batch: Any, rate: Any) -> Any:
+        return step_fn(state, frozen, batch, rate)
+
+    class Careless(Batches):
+        def __next__(self) -> Any:
+            jax.numpy.asarray(np.ones(3)) + 1
+            return super().__next__()
+
+    config = LoopConfig(steps=2, batch=BATCH)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        fit(careless, state, frozen, Careless(), config, tmp_path)
+
+
+def test_a_batch_is_put_as_it_is():
+    batch = put_batch({"x": np.arange(8.0).reshape(4, 2)}, mesh_of(2, 2, 1))
+    np.testing.assert_array_equal(batch["x"], np.arange(8.0).reshape(4, 2))
+    assert len({shard.index for shard in batch["x"].addressable_shards}) == 4
+
+
+def test_devices_are_known_by_their_full_names():
+    assert find_gpu("NVIDIA H100 80GB HBM3").name == "h100"
+    assert find_gpu("NVIDIA H200").name == "h200"
+    assert find_gpu("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "half", "end"), [("linear", 1.0, 0.0), ("cosine", 0.5, 0.0), ("constant", 1, 1)]
+)
+def test_schedules(kind: Any, half: float, end: float):
+    assert schedule(0.5, warmup=0.0, kind=kind) == pytest.approx(half)
+    assert schedule(1.0, warmup=0.0, kind=kind) == pytest.approx(end)
+    assert schedule(0.05, warmup=0.1, kind=kind) == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,92 @@
+"""One training run on several meshes of virtual devices: the same losses, with the state split for real."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import MeshConfig, param_spec, put_batch, train_mesh
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.state import TrainState
+from tests.training.toy_run import BATCH, Batches, begin, losses, mesh_of, train
+
+STEPS = 4
+
+
+def train_dit(out: Path, mesh: Mesh, **options: Any) -> TrainState:
+    begun = options.pop("begun", None) or begin(mesh, dit=True)
+    return train(out, STEPS, mesh, begun=begun, batches=Batches(dit=True), **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses on one device."""
+    out = tmp_path_factory.mktemp("alone")
+    train_dit(out, mesh_of(1, 1, 1))
+    found = losses(out)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 2, 2)])
+def test_losses_do_not_depend_on_the_mesh(shape: tuple[int, int, int], alone: list[float], tmp_path: Path):
+    state = train_dit(tmp_path, mesh_of(*shape))
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+    name = "blocks.ffn.inner.weight"  # [2, 16, 24]
+    share = np.prod(shape[1:])
+    for tree in (state.params, state.average, jax.tree.leaves(state.optimizer, is_leaf=_named)[0].mu):
+        part = tree[name].addressable_shards[0].data
+        assert part.size * share == tree[name].size, "every device has its part and no more"
+
+
+def _named(node: object) -> bool:
+    return hasattr(node, "mu")
+
+
+def test_a_run_goes_on_where_it_was_on_another_mesh(alone: list[float], tmp_path: Path):
+    train_dit(tmp_path, mesh_of(1, 1, 1), stop_at=2)
+    train_dit(tmp_path, mesh_of(2, 2, 1))
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+
+
+def test_a_batch_in_parts_equals_the_whole(alone: list[float], tmp_path: Path):
+    mesh = mesh_of(2, 1, 1)
+    loop = LoopConfig(learning_rate=0.01, warmup=0.0, batch=BATCH, accumulate=2)
+    train_dit(tmp_path, mesh, loop=loop, begun=begin(mesh, dit=True, accumulate=2))
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+
+
+def test_parameters_are_split_along_their_longest_free_axis():
+    def spec(name: str, *shape: int) -> P:
+        return param_spec(name, shape, fsdp=2, tensor=2)
+
+    assert spec("blocks.ffn.inner.weight", 4, 8, 16) == P(None, "fsdp", "tensor")
+    assert spec("blocks.ffn.outer.weight", 4, 16, 8) == P(None, "tensor", "fsdp")
+    assert spec("blocks.self_attn.q.weight.a", 4, 8, 2) == P(None, "fsdp", None), "the rank is whole"
+    assert spec("blocks.self_attn.q.weight.b", 4, 2, 8) == P(None, "fsdp", "tensor")
+    assert spec("blocks.modulation", 4, 6, 8) == P(None, None, "fsdp")
+    assert spec("blocks.norm3.weight", 4, 8) == P(None, None), "vectors are small"
+    assert spec("patch_embed.weight", 1, 3, 3, 5, 7) == P(None, None, None, None, None), "nothing divides"
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(UserError, match="a batch of 3 cannot be split evenly over 4"):
+        put_batch({"latent": np.zeros((3, 2))}, mesh_of(2, 2, 1))
+
+
+def test_missing_devices_are_a_clear_error():
+    with pytest.raises(UserError, match="64 devices are needed, 9 found"):
+        train_mesh(MeshConfig(data=8, fsdp=8))
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path: Path):
+    loop = dataclasses.replace(LoopConfig(), batch=8, accumulate=3)
+    with pytest.raises(UserError, match="cannot be split into 3 equal parts"):
+        train(tmp_path, 1, mesh_of(1, 1, 1), loop=loop)
