@@ -9,11 +9,29 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=9"
 
+from typing import Any
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # No deadline: the first example of a test compiles. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("lavatar", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("lavatar")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay together, for what is compiled once; so do all of the page, which share a
+    browser and a server that wants to keep real time. (xdist's own groups do not work with pytest 9.2.)"""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "browser" if "tests/serving/browser/" in nodeid else nodeid.split("::")[0]
+
+    return Together(config, log)

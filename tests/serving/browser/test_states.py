@@ -18,9 +18,6 @@ from tests.serving.browser.test_talking import LIVE, SETUP, SPEAKS, stop
 from tests.serving.browser.watching import frame_ages, no_overflow
 from tests.serving.conftest import KEY, wait_for
 
-# One process runs all of them: they share a browser and a model, and want to be alone with them.
-pytestmark = pytest.mark.xdist_group("browser")
-
 Make = Callable[..., Puppets]
 VEIL = "document.getElementById('veil').hidden ? '' : document.getElementById('veil-text').innerText"
 NOTICE = "document.getElementById('notice').hidden ? '' : document.getElementById('notice-text').innerText"

@@ -13,9 +13,6 @@ from tests.serving.browser.chromium import DESKTOP, PHONE, Page
 from tests.serving.browser.watching import moves_with_sound, no_overflow, watch_mouth
 from tests.serving.conftest import wait_for
 
-# One process runs all of them: they share a browser and a model, and want to be alone with them.
-pytestmark = pytest.mark.xdist_group("browser")
-
 LIVE = "document.body?.dataset.state === 'live'"
 SETUP = "document.body.dataset.state === 'setup' && !document.getElementById('start').disabled"
 SPEAKS = "'speaking' in document.getElementById('screen').dataset"
