@@ -45,7 +45,7 @@ def get_config() -> DistillRun:
         # Lip-sync holds on to real clips: some samples start from noised ones, and are pulled towards them.
         dyna=DynaConfig(hybrid=0.3),
         distill=DistillConfig(
-            critic_rate=5e-4, update_ratio=5, critic_warmup=20, mouth_weight=3.0, regression=0.3
+            critic_rate=5e-4, update_ratio=5, critic_warmup=20, mouth_weight=3.0, regression=0.3, run_in=3
         ),
         # Muon would take as long as the critic's whole forward and backward pass, on such small batches.
         critic_optim=OptimConfig(kind="adamw"),

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lavatar_jax.config import SamplingConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import state_shardings
 from lavatar_jax.training import dmd
@@ -50,6 +51,7 @@ class DistillConfig:
     update_ratio: int = 5  # critic steps for each step of the student
     critic_warmup: int = 0  # steps before the student first learns
     mouth_weight: float = 1.0  # of the student's gradient where the mouth is
+    run_in: int = 0  # blocks streamed before the clip, to the end of another clip's voice, and not judged
     regression: float = 0.0  # pull of samples that started from noised truth towards the truth
 
 
@@ -138,9 +140,11 @@ def make_distill_step(
 
     `frozen`: {"params": what the roles share, "rewards": arrays of each reward}. `clip`: of gradient norms.
     Metrics of the student are those of its latest update.
+
+    Raises UserError for settings that do not go together.
     """
     if sampling.history == "noisy" and not rollout.same_exit and rollout.cache == "noisy":
-        raise ValueError("rings of single steps need one exit step for all blocks (same_exit=True)")
+        raise UserError("with a ring for each step all blocks must exit alike: --rollout.same-exit")
     grid, critic_scale = rollout.grid, config.critic_rate / train.learning_rate
     steps = len(rollout.timesteps)
     ranges = jnp.array([denoised_range(step, rollout) for step in range(steps)], jnp.int32)
@@ -151,11 +155,18 @@ def make_distill_step(
         """-> (rollout, its inputs, its first cache, which samples began from noised truth)."""
         keys = jax.random.split(key, 5)
         dit = roles.student(state.params, frozen)
-        truth = batch["latent"]
-        frames = dit.config.block_frames
-        inputs = block_inputs(
-            dit.config, sampling, batch["audio"], truth.shape[2:4], keys[0], batch.get("pose")
-        )
+        frames, lead = dit.config.block_frames, config.run_in * dit.config.block_frames
+
+        def longer(x: Array, count: int, axis: int) -> Array:
+            """With the end of another clip in front."""
+            if count > x.shape[axis]:
+                raise UserError(f"--distill.run-in {config.run_in} is longer than the clips")
+            end = jax.lax.slice_in_dim(x, x.shape[axis] - count, x.shape[axis], axis=axis)
+            return jnp.concatenate([jnp.roll(end, 1, axis=0), x], axis=axis)
+
+        truth, audio = longer(batch["latent"], lead, 1), longer(batch["audio"], 4 * lead, -1)
+        pose = longer(batch["pose"], lead, 1) if "pose" in batch else None
+        inputs = block_inputs(dit.config, sampling, audio, (truth.shape[2], truth.shape[3]), keys[0], pose)
         cache = begin_cache(dit, sampling, batch["reference"], batch["text"])
         noise = jax.random.normal(keys[1], truth.shape)
         blocks = truth.shape[1] // frames
@@ -166,7 +177,9 @@ def make_distill_step(
             renoise = jax.random.normal(keys[3], shape)
         hybrid, starts = jnp.zeros(truth.shape[0], bool), None
         if dyna.hybrid:
-            starts, hybrid = draw_starts(keys[4], truth.shape[0], exits[0], steps, dyna)
+            starts, hybrid = draw_starts(keys[4], truth.shape[0], jnp.min(exits), steps, dyna)
+            # The truth in front of the clip shows somebody else.
+            starts = jnp.where(jnp.arange(blocks)[:, None] < config.run_in, 0, starts)
         done = roll_out(
             predict(frozen),
             state.params,
@@ -183,6 +196,9 @@ def make_distill_step(
 
     def predict(frozen: Params) -> Any:
         return make_predict(lambda params: roles.student(params, frozen), remat=train.remat)
+
+    def judged_clip(done: Rollout) -> Array:
+        return clip_of(done.x0[config.run_in :])
 
     def draw_noise(key: Array, clip: Array, exit_step: Array) -> tuple[Array, Array]:
         """Noise and timesteps [B, F] at which the judges see the clip."""
@@ -207,7 +223,7 @@ def make_distill_step(
         """Derivative of the student's loss by its clip."""
         teacher, critic = roles.teacher(frozen["params"]), roles.critic(state.critic, frozen["params"])
         noise, t_BF = draw_noise(key, clip, exit_step)
-        networks = {
+        networks: dict[str, Any] = {
             "real": make_denoiser(teacher, batch, score, grid),
             "real_uncond": make_denoiser(teacher, unconditional(batch, score), score, grid),
             "fake": make_denoiser(critic, batch, score, grid),
@@ -240,17 +256,18 @@ def make_distill_step(
         done, inputs, cache, hybrid = streamed
         exit_step = done.exits[0]
         slope, statistics, metrics = student_slope(
-            state, frozen, batch, clip_of(done.x0), hybrid, key, exit_step
+            state, frozen, batch, judged_clip(done), hybrid, key, exit_step
         )
         blocks, _, frames = done.x0.shape[:3]
-        learning = learns(frames * jnp.arange(blocks), frames * blocks, rollout)
+        judged = jnp.arange(blocks) >= config.run_in
+        learning = judged & learns(frames * jnp.arange(blocks), frames * blocks, rollout)
         gradient = replay_gradient(
             predict(frozen["params"]),
             state.params,
             done,
             inputs,
             cache,
-            blocks_of(slope, frames),
+            jnp.concatenate([jnp.zeros_like(done.x0[: config.run_in]), blocks_of(slope, frames)]),
             learning,
             rollout,
         )
@@ -297,7 +314,7 @@ def make_distill_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         for_stream, for_critic, for_student = jax.random.split(key, 3)
         streamed = stream(state, frozen["params"], batch, for_stream)
-        clip = clip_of(streamed[0].x0)
+        clip = judged_clip(streamed[0])
 
         noise, t_BF = draw_noise(for_critic, clip, streamed[0].exits[0])
         value, gradient = jax.value_and_grad(critic_loss)(

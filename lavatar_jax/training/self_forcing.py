@@ -65,14 +65,6 @@ class SelfForcingConfig:
     exit_weights: tuple[float, ...] = ()  # how often to leave at each step; () is uniform
     grad_frames: int = 21  # latent frames at the end of the video that learn
 
-    def __post_init__(self) -> None:
-        if self.exit_weights and (
-            len(self.exit_weights) != len(self.timesteps) or min(self.exit_weights) < 0
-        ):
-            raise ValueError(
-                f"exit_weights {self.exit_weights} must be one for each of the steps, none negative"
-            )
-
     @property
     def grid(self) -> FlowGrid:
         """The noise levels that timesteps are rounded to."""
@@ -117,8 +109,13 @@ class Rollout:
 
 
 def draw_exits(key: Array, blocks: int, config: SelfForcingConfig) -> Int[Array, " K"]:
-    """A random exit step for each block, by the configuration's rules."""
+    """A random exit step for each block, by the configuration's rules.
+
+    Raises ValueError where `exit_weights` are not one for each step.
+    """
     steps = len(config.timesteps)
+    if config.exit_weights and len(config.exit_weights) != steps:
+        raise ValueError(f"exit_weights {config.exit_weights} must be one for each of the {steps} steps")
     weights = jnp.asarray(config.exit_weights or (1.0,) * steps, jnp.float32)
     drawn = jax.random.choice(key, steps, (blocks,), p=weights / weights.sum())
     return settle_exits(drawn.astype(jnp.int32), config)
@@ -156,32 +153,33 @@ def roll_out(
     config: SelfForcingConfig,
     *,
     truth: Float[Array, "K B F H W C"] | None = None,
-    starts: Int[Array, " B"] | None = None,
+    starts: Int[Array, "#K B"] | None = None,
 ) -> Rollout:
     """Stream K blocks without gradient, each from `noise` to its exit step.
 
     Before the exit, step s predicts clean latents, which are brought to the next level ("renoise": with
     `renoise[:, s]`); the last of the S entries noises the result for the context cache. `renoise` may be None
     where neither happens. `inputs`: pytree with leading axis K.
-    Hybrid forcing (method section 6): sample b starts at step `starts[b]` (not after the exit) from `truth`
-    with `noise` at that step's level; from step 0 this is pure noise.
+    Hybrid forcing (method section 6): sample b of block k starts at step `starts[k, b]` (not after the exit)
+    from `truth` with `noise` at that step's level; from step 0 this is pure noise.
     """
     sigmas = jnp.asarray(config.sigmas)
+    starts = None if starts is None else jnp.broadcast_to(starts, noise.shape[:2])
     params, cache = jax.lax.stop_gradient((params, cache))
 
-    def begin(x: Array, step: Array, noise: Array, clean: Array | None) -> Array:
+    def begin(x: Array, step: Array, noise: Array, clean: Array | None, start: Array | None) -> Array:
         """Where a sample starts from the truth at this very step, that; else x."""
-        if clean is None or starts is None:
+        if clean is None or start is None:
             return x
-        here = (starts == step).reshape(-1, *(1,) * (x.ndim - 1))
+        here = (start == step).reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(here, add_noise(clean, noise, sigmas[step]).astype(x.dtype), x)
 
-    def block(cache: Any, xs: tuple[Array, Any, Array, Any, Any]) -> tuple[Any, tuple[Array, Array, Any]]:
-        noise, fresh, exit_step, own, clean = xs
+    def block(cache: Any, xs: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Any]]:
+        noise, fresh, exit_step, own, clean, start = xs
 
         def step(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
             x, cache = carry
-            x = begin(x, index, noise, clean)
+            x = begin(x, index, noise, clean, start)
             x0, cache = predict(params, x, config.level(index), own, cache)
             if config.transition == "euler":
                 kept = sigmas[index + 1].astype(x0.dtype) / sigmas[index].astype(x0.dtype)
@@ -191,7 +189,7 @@ def roll_out(
             return following.astype(x.dtype), cache
 
         x, cache = jax.lax.fori_loop(0, exit_step, step, (noise, cache))
-        x = begin(x, exit_step, noise, clean)
+        x = begin(x, exit_step, noise, clean, start)
         x0, cache = predict(params, x, config.level(exit_step), own, cache)
         context = None
         if config.cache == "context":
@@ -199,7 +197,8 @@ def roll_out(
             _, cache = predict(params, context, config.context_level, own, cache)
         return cache, (x0, x, context)
 
-    cache, (x0, noisy, context) = jax.lax.scan(block, cache, (noise, renoise, exits, inputs, truth))
+    steps = (noise, renoise, exits, inputs, truth, starts)
+    cache, (x0, noisy, context) = jax.lax.scan(block, cache, steps)
     return Rollout(x0, noisy, exits, context, cache)
 
 
@@ -217,8 +216,7 @@ def replay_gradient(
 
     `cache`: the one that the rollout began with. It fills again block by block, so that each block sees what
     it saw before and nothing of all blocks is kept but their latents. The gradients of blocks add up in a
-    scan, which holds one block's graph at a time. Blocks that are not `learning` are computed like the
-    others, but add nothing.
+    scan, which holds one block's graph at a time. Blocks that are not `learning` only fill the cache.
     """
     fixed, cache = jax.lax.stop_gradient((params, cache))
 
@@ -226,13 +224,21 @@ def replay_gradient(
         total, cache = carry
         x, exit_step, context, pull, own, keep = xs
         level = config.level(exit_step)
-        x0, transpose, filled = jax.vjp(
-            lambda params: predict(params, x, level, own, cache), params, has_aux=True
-        )
-        (gradient,) = transpose(jnp.where(keep, pull, 0).astype(x0.dtype))
+
+        def teach(total: Params, cache: Any) -> tuple[Params, Any]:
+            x0, transpose, filled = jax.vjp(
+                lambda params: predict(params, x, level, own, cache), params, has_aux=True
+            )
+            (gradient,) = transpose(pull.astype(x0.dtype))
+            return jax.tree.map(jnp.add, total, gradient), filled
+
+        def pass_by(total: Params, cache: Any) -> tuple[Params, Any]:
+            return total, predict(fixed, x, level, own, cache)[1]
+
+        total, filled = jax.lax.cond(keep, teach, pass_by, total, cache)
         if context is not None:
             _, filled = predict(fixed, context, config.context_level, own, filled)
-        return (jax.tree.map(jnp.add, total, gradient), filled), None
+        return (total, filled), None
 
     zero = jax.tree.map(jnp.zeros_like, params)
     steps = (rollout.noisy, rollout.exits, rollout.context, slope, inputs, learning)

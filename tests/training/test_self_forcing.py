@@ -125,7 +125,7 @@ def test_exits_are_drawn_by_their_weights() -> None:
     drawn = np.bincount(draw_exits(jax.random.key(0), 4000, config), minlength=3) / 4000
     np.testing.assert_allclose(drawn, [0.25, 0.75, 0.0], atol=0.03)
     with pytest.raises(ValueError, match="one for each"):
-        dataclasses.replace(CONFIG, exit_weights=(1.0, 1.0))
+        draw_exits(jax.random.key(0), 4, dataclasses.replace(CONFIG, exit_weights=(1.0, 1.0)))
 
 
 def test_a_sampler_gives_its_own_levels_unrounded() -> None:
