@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -13,6 +14,7 @@ from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS
 from lavatar_jax.errors import UserError
+from lavatar_jax.evaluation.flops import StreamShape, clip_flops, step_flops
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
@@ -65,7 +67,15 @@ class DistillRun(Run):
 
 
 def sampler_rollout(rollout: SelfForcingConfig, sampling: SamplingConfig) -> SelfForcingConfig:
-    """The rollout with the noise levels and the kind of history of a sampler."""
+    """The rollout with the noise levels and the kind of history of a sampler.
+
+    Raises UserError where the exits do not fit its number of steps.
+    """
+    weights = rollout.exit_weights
+    if weights and (len(weights) != sampling.steps or min(weights) < 0 or sum(weights) <= 0):
+        raise UserError(
+            f"--rollout.exit-weights {weights} must be one for each of the sampler's {sampling.steps} steps"
+        )
     context = {"noisy": 0.0, "clean": 0.0, "fixed_noise": TIMESTEPS * sampling.history_sigma}
     return dataclasses.replace(
         rollout,
@@ -130,6 +140,25 @@ def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Pa
     return student.params, critic.params, student.frozen
 
 
+def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
+    """FLOP that a step takes for each sample, on average over exits and turns; layers computed anew under
+    `train.remat` do not count. `size`: latent frames, rows and columns of a clip."""
+    model, sampling, lora = config.model, config.sampling, config.lora.rank > 0
+    frames, height, width = size
+    shape = StreamShape(
+        config=model, height=height, width=width, ring_blocks=sampling.ring_blocks, motion=False
+    )
+    block, clip = sum(shape.flops(text_cached=False).values()), clip_flops(model, *size)
+    blocks, lead = frames // model.block_frames, config.distill.run_in
+    weights = np.array(config.rollout.exit_weights or (1.0,) * sampling.steps)
+    extra = int(sampling.history != "noisy")
+    forwards = float(weights @ np.arange(1, len(weights) + 1) / weights.sum()) + extra
+    judged = clip * (2 + bool(config.loss.guidance) + bool(config.loss.fake_guidance))
+    replayed = blocks * step_flops(block, lora=lora) + (lead + extra * (blocks + lead)) * block
+    streamed = (blocks + lead) * forwards * block
+    return streamed + step_flops(clip, lora=lora) + (judged + replayed) / config.distill.update_ratio
+
+
 def train_distill(config: DistillRun) -> DistillState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
@@ -156,4 +185,5 @@ def train_distill(config: DistillRun) -> DistillState:
         mesh=mesh,
     )
     frozen = {"params": base, "rewards": [reward.arrays for reward in rewards]}
-    return fit_run(config, step_fn, state, frozen, batches, mesh)
+    flops = train.batch * sample_flops(config, source.buckets[0].latent_size)
+    return fit_run(config, step_fn, state, frozen, batches, mesh, flops=flops)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.inference.denoise import plan_block, ring_count, uses_motion
 from lavatar_jax.models.attention import KV, RingCache, dot_product_attention
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
@@ -98,11 +99,14 @@ def begin_cache(
     reference: Float[Array, "B 1 H W C"],
     text: Float[Array, "B S E"],
 ) -> StudentCache:
-    """Empty rings behind the reference's keys and values. No gradient passes through them."""
+    """Empty rings behind the reference's keys and values. No gradient passes through them.
+
+    Raises UserError for a sampler with motion frames.
+    """
     config = dit.config
     batch, _, height, width, _ = reference.shape
     if uses_motion(config, sampling):
-        raise ValueError("the student streams without motion frames: set motion=False in its sampling")
+        raise UserError("the student streams without motion frames: --sampling.no-motion")
     sink = cond_tokens(config, height, width, motion=False) if sampling.sink else 0
     block = config.block_frames * (height // config.patch) * (width // config.patch)
     rings = ring_count(sampling)
@@ -118,14 +122,14 @@ def begin_cache(
     return jax.lax.stop_gradient(StudentCache(RingCache(k, v, sink_k), text))
 
 
-def read_rings(rings: RingCache, step: Array, layers: int) -> RingCache:
+def read_rings(rings: RingCache, step: Array | int, layers: int) -> RingCache:
     """The ring of one step (of all steps, where they share one)."""
     first = step * layers if rings.k.shape[0] > layers else 0
     k, v = (jax.lax.dynamic_slice_in_dim(x, first, layers) for x in (rings.k, rings.v))
     return dataclasses.replace(rings, k=k, v=v)
 
 
-def write_rings(rings: RingCache, step: Array, entry: KV, offset: Array, layers: int) -> RingCache:
+def write_rings(rings: RingCache, step: Array | int, entry: KV, offset: Array, layers: int) -> RingCache:
     """Put a block's keys and values [L, B, T, N, H] into the ring of one step."""
     first = step * layers if rings.k.shape[0] > layers else 0
     where = (first, 0, rings.sink_tokens + offset, 0, 0)

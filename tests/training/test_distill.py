@@ -15,17 +15,20 @@ from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
+from lavatar_jax.evaluation.flops import clip_flops
 from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.distill import (
     DistillRun,
     make_roles,
     make_step,
+    sample_flops,
+    sampler_rollout,
     starting_weights,
     train_distill,
 )
 from lavatar_jax.training.distill_step import DistillConfig, create_distill_state
 from lavatar_jax.training.dmd import DMDConfig
-from lavatar_jax.training.dynaforcing import DynaConfig
+from lavatar_jax.training.dynaforcing import DynaConfig, Reward
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
@@ -44,6 +47,11 @@ MODEL = DiTConfig(
 )  # fmt: skip
 SIZE, CLIPS = (3, 4, 4), 6
 SAMPLING = SamplingConfig(steps=2, motion=False, adapt_sink_after=None, sink_distance=24, ring_blocks=2)
+
+
+def contrast(run: DistillRun) -> Reward:
+    """A reward of the simplest kind."""
+    return Reward(lambda scale, clip, batch: scale * jnp.std(clip, axis=(1, 2, 3, 4)), jnp.ones(()))
 
 
 @pytest.fixture
@@ -77,9 +85,10 @@ def run(tmp_path: Path) -> DistillRun:
         rollout=SelfForcingConfig(transition="euler", shift=3.0),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
         loss=DMDConfig(shift=3.0, guidance=0.5),
-        dyna=DynaConfig(hybrid=0.5),
-        distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0),
+        dyna=DynaConfig(hybrid=0.5, alpha=0.5, rewards=((f"{__name__}:contrast", 1.0),)),
+        distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0, run_in=1),
         optim=OptimConfig(kind="adamw"),
+        critic_optim=OptimConfig(kind="adamw"),
         train=LoopConfig(steps=4, learning_rate=1e-2, batch=2, ema_decay=0.9, log_every=2),
     )
 
@@ -97,6 +106,7 @@ def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: Disti
         np.isfinite(list(filter(lambda x: isinstance(x, float), line.values()))).all() for line in lines
     )
     assert lines[-1]["dmd_gradient_norm"] > 0
+    np.testing.assert_allclose(state.rewards.weight, 1 - 0.98**2, rtol=1e-4)
 
 
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:
@@ -173,3 +183,26 @@ def test_a_step_of_the_full_size_run_can_be_traced() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.dtype == jnp.float32 for leaf in after.params.values())
     assert metrics["loss"].shape == ()
+
+
+def test_flops_of_a_step_count_turns_exits_and_judges() -> None:
+    run = load_run("wan14b_distill")
+    whole = sample_flops(run, run.clip)
+    # Four critic steps in five have a rollout and a critic only: with rare turns a step costs less.
+    rare = dataclasses.replace(run, distill=dataclasses.replace(run.distill, update_ratio=10**6))
+    early = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, exit_weights=(1, 0, 0, 0)))
+    plain = dataclasses.replace(run, loss=dataclasses.replace(run.loss, guidance=0.0))
+    clip = clip_flops(run.model, *run.clip)
+    assert whole - sample_flops(plain, run.clip) == pytest.approx(clip / 5)
+    assert sample_flops(rare, run.clip) < 0.85 * whole
+    assert sample_flops(early, run.clip) < whole
+
+
+def test_exits_that_do_not_fit_the_sampler_are_a_clear_error() -> None:
+    run = load_run("tiny_distill")
+    fewer = dataclasses.replace(run.sampling, steps=2)
+    with pytest.raises(UserError, match="sampler's 2 steps"):
+        sampler_rollout(run.rollout, fewer)
+    assert sampler_rollout(dataclasses.replace(run.rollout, exit_weights=(1.0, 0.0)), fewer).sigmas.shape == (
+        3,
+    )
