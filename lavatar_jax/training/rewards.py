@@ -28,16 +28,16 @@ LEAST = 0.5  # correlation with the truth on clips that the probe has not seen
 class Probe(NamedTuple):
     """Which cells are looked at, and what they say of the four video frames of a latent frame."""
 
-    row: Int[Array, " N"]
-    column: Int[Array, " N"]
-    weight: Float[Array, "D 4"]
+    row: Int[Array | np.ndarray, " N"]
+    column: Int[Array | np.ndarray, " N"]
+    weight: Float[Array | np.ndarray, "D 4"]
 
 
-def look_at(probe: Probe, clip: Float[Array, "B F H W C"]) -> Float[Array, "B F D"]:
+def look_at(probe: Probe, clip: Float[Array | np.ndarray, "B F H W C"]) -> Float[Array, "B F D"]:
     """The probe's cells, less the clip's mean: faces differ in colour, mouths move."""
     cells = clip[:, :, probe.row, probe.column]
     cells = cells.reshape(*clip.shape[:2], -1)
-    return cells - cells.mean(axis=1, keepdims=True)
+    return jnp.asarray(cells - cells.mean(axis=1, keepdims=True))
 
 
 def fit_probe(
@@ -57,13 +57,15 @@ def fit_probe(
     return probe._replace(weight=np.linalg.solve(gram + ridge, x.T @ y).astype(np.float32))
 
 
-def opening(probe: Probe, clip: Float[Array, "B F H W C"]) -> Float[Array, "B T"]:
+def opening(probe: Probe, clip: Float[Array | np.ndarray, "B F H W C"]) -> Float[Array, "B T"]:
     """The mouth's opening in every video frame, less the clip's mean, as the probe reads it."""
     read = look_at(probe, clip) @ probe.weight
     return read.reshape(read.shape[0], -1)
 
 
-def correlation(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, " B"]:
+def correlation(
+    a: Float[Array | np.ndarray, "B T"], b: Float[Array | np.ndarray, "B T"]
+) -> Float[Array, " B"]:
     """Of each row; 0 where one does not move."""
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     scale = jnp.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))

@@ -59,14 +59,14 @@ def test_a_reward_that_does_not_exist_is_a_clear_error() -> None:
 
 def test_the_probe_reads_the_mouth_and_the_reward_tells_who_follows_the_speech() -> None:
     random = np.random.default_rng(0)
-    openness = random.uniform(size=(120, 12)).astype(np.float32)
-    latent = random.normal(size=(120, 1, 6, 6, 8)) + 0.03 * random.normal(size=(120, 3, 6, 6, 8))
-    latent[:, :, 3:5, 3:5, :4] += openness.reshape(120, 3, 1, 1, 4)
+    openness = random.uniform(size=(120, 48)).astype(np.float32)
+    latent = random.normal(size=(120, 1, 6, 6, 8)) + 0.03 * random.normal(size=(120, 12, 6, 6, 8))
+    latent[:, :, 3:5, 3:5, :4] += openness.reshape(120, 12, 1, 1, 4)
     mouth = np.zeros((120, 6, 6), np.float32)
     mouth[:, 3:5, 3:5] = 1.0
     probe = fit_probe(latent[:90], mouth[:90], openness[:90])
     assert list(zip(probe.row, probe.column, strict=True)) == [(3, 3), (3, 4), (4, 3), (4, 4)]
     read = opening(probe, latent[90:])
-    assert correlation(read, openness[90:]).min() > 0.9
+    assert correlation(read, openness[90:]).min() > 0.85
     assert np.abs(correlation(read, np.roll(openness[90:], 1, axis=0)).mean()) < 0.4
-    assert correlation(jnp.zeros((1, 12)), openness[:1]) == 0
+    assert correlation(jnp.zeros((1, 48)), openness[:1]) == 0
