@@ -47,13 +47,13 @@ class Microphone(MediaStreamTrack):
     def __init__(self) -> None:
         super().__init__()
         speech = np.concatenate([p[0] for p in read_sound(SAMPLES / "voice.flac", rate=RATE, channels=1)])
-        self._loop = np.concatenate([np.zeros(int(PAUSE * RATE), np.float32), speech])
+        self._speech = np.concatenate([np.zeros(int(PAUSE * RATE), np.float32), speech])
         self._count, self._start = 0, time.monotonic()
 
     async def recv(self) -> av.AudioFrame:
         await asyncio.sleep(max(0.0, self._start + self._count * PIECE / RATE - time.monotonic()))
         at = np.arange(self._count * PIECE, (self._count + 1) * PIECE)
-        samples = (32767 * np.take(self._loop, at, mode="wrap")).astype(np.int16)
+        samples = (32767 * self._speech[at % len(self._speech)]).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
         frame.sample_rate, frame.pts, frame.time_base = RATE, self._count * PIECE, Fraction(1, RATE)
         self._count += 1

@@ -139,7 +139,7 @@ class Live:
             for path in given:
                 if path is not None and not path.is_file():
                     raise UserError(f"{path}: no such file")
-        for folder in (self.data, self.recordings, self.state):
+        for folder in (self.recordings, self.state):
             try:
                 if folder is not None:
                     folder.mkdir(parents=True, exist_ok=True)

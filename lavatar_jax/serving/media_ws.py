@@ -9,7 +9,6 @@ import struct
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
-from starlette.websockets import WebSocketState
 
 from lavatar_jax.serving.encoder import H264_PROFILE
 from lavatar_jax.serving.errors import ApiError
@@ -40,6 +39,7 @@ class Socket:
         self._needs_keyframe = True
         self._resampler: Resampler | None = None
         self._code = 1000
+        self._over = asyncio.Event()
 
     def show(self, sent: Sent) -> None:
         moment = sent.moment
@@ -71,8 +71,7 @@ class Socket:
     async def hang_up(self, reason: str) -> None:
         self._code = 1001 if reason == "shutdown" else 1000
         self._out.put_nowait(None)
-        while self._socket.client_state == WebSocketState.CONNECTED:
-            await asyncio.sleep(0.02)
+        await self._over.wait()
 
     async def run(self) -> None:
         """Until either side has had enough."""
@@ -87,6 +86,7 @@ class Socket:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
                     await task
+            self._over.set()
 
     async def _send(self) -> None:
         while (message := await self._out.get()) is not None:

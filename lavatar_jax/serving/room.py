@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -137,18 +136,23 @@ class Room:
         self.playout.viewers.append(connection)
         self.alone_since = None
         self._broadcast.force_keyframe()
+        self._log("client connected", way=type(connection).__name__, controls=connection.controls)
         connection.tell(json.dumps({"type": "session.state", "session": self.about()}))
         self.tell_state()
 
     def leave(self, connection: Connection) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
+            self._log("client gone", way=type(connection).__name__)
             self.playout.viewers.remove(connection)
             if connection.controls:
                 self.voice.microphone_stopped()
             if not self.connections:
                 self.alone_since = time.monotonic()
             self.tell_state()
+
+    def _log(self, message: str, **about: object) -> None:
+        log.info(message, extra={"session": self.identity.id, **about})
 
     # ---- what is said ----------------------------------------------------------------------------------
 
@@ -312,7 +316,7 @@ class Room:
         self.reason = {"code": code, "message": REASONS[code]}
         self.closed_at = time.monotonic()
         self._metrics.closed.labels(code).inc()
-        log.info("session closed", extra={"session": self.identity.id, "reason": code})
+        self._log("session closed", reason=code)
         try:
             self.tell({"type": "session.closed", "reason": self.reason})
             self.session.close(code)
@@ -321,9 +325,9 @@ class Room:
             if self.recording is not None:
                 await asyncio.to_thread(self._complete, self.recording)
             await asyncio.sleep(0.05)  # last words are on their way
-            for connection in {*self.connections, *self.calls.values()}:
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(connection.hang_up(code), 2.0)
+            leaving = {*self.connections, *self.calls.values()}
+            goodbyes = (asyncio.wait_for(connection.hang_up(code), 2.0) for connection in leaving)
+            await asyncio.gather(*goodbyes, return_exceptions=True)  # some may be gone already
             self._playing.cancel()
         finally:
             self.gone.set()
