@@ -169,7 +169,7 @@ def test_moments_go_out_in_real_time() -> None:
         return at
 
     at = asyncio.run(run())
-    assert at[-1] - at[0] == pytest.approx(9 * 0.04, abs=0.1)
+    assert 9 * 0.04 - 0.05 < at[-1] - at[0] < 2.0  # later only where the machine is busy
 
 
 # ---- encoding -----------------------------------------------------------------------------------------

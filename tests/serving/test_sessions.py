@@ -130,7 +130,7 @@ def test_media_over_a_websocket(served: Served) -> None:
         assert {m[3] for m in videos} <= {m[3] for m in sounds}  # one clock
         stats = socket.event("stats")
         assert stats["clients"] == 1
-        assert stats["stats"]["fps"] == pytest.approx(25, abs=8)
+        assert 5 < stats["stats"]["fps"] < 40
 
 
 def test_speech_is_heard_where_it_is_seen(served: Served) -> None:
@@ -143,7 +143,7 @@ def test_speech_is_heard_where_it_is_seen(served: Served) -> None:
         started = socket.event("agent.speech_started")
         socket.event("agent.speak_done")
         ended = socket.event("agent.speech_ended")
-        assert ended["time"] - started["time"] == pytest.approx(1.4, abs=0.35)
+        assert ended["time"] - started["time"] == pytest.approx(1.4, abs=0.6)
         loud = [
             m[3] for m in socket.media if m[0] == AUDIO and np.abs(np.frombuffer(m[4], "<i2")).max() > 3000
         ]
