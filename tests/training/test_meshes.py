@@ -1,20 +1,32 @@
 """One training run on several meshes of virtual devices: the same losses, with the state split for real."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lavatar_jax.errors import UserError
-from lavatar_jax.parallel import MeshConfig, param_spec, put_batch, train_mesh
+from lavatar_jax.parallel import (
+    STACKED,
+    MeshConfig,
+    param_spec,
+    put_batch,
+    put_everywhere,
+    sharded_training,
+    state_shardings,
+    train_mesh,
+)
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.state import TrainState
 from tests.training.toy_run import BATCH, Batches, begin, losses, mesh_of, train
+
+pytestmark = pytest.mark.timeout(1800)  # a program for eight devices takes minutes to compile on a busy core
 
 STEPS = 4
 
@@ -90,3 +102,24 @@ def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path: Path):
     loop = dataclasses.replace(LoopConfig(), batch=8, accumulate=3)
     with pytest.raises(UserError, match="cannot be split into 3 equal parts"):
         train(tmp_path, 1, mesh_of(1, 1, 1), loop=loop)
+
+
+def test_layers_are_gathered_one_by_one_and_activations_stay_where_they_are():
+    mesh = mesh_of(1, 4, 1)
+    step_fn, state, frozen = begin(mesh, dit=True)
+    places = (state_shardings(state, mesh), NamedSharding(mesh, P()))
+    batch, rate = put_batch(next(Batches(dit=True)), mesh), put_everywhere(np.float32(0.1), mesh)
+    with sharded_training(mesh):
+        program = jax.jit(step_fn, out_shardings=places).lower(state, frozen, batch, rate).compile().as_text()
+    assert not re.search(r" (all-to-all|collective-permute)(-start)?\(", program)
+    gathered = {
+        tuple(map(int, shape.split(",")))
+        for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", program)
+    }
+    assert (1, 16, 16) in gathered, "a matrix of one layer"
+    weights = {value.shape for value in state.params.values()}
+    layers = {(1, *value.shape[1:]) for name, value in state.params.items() if name.startswith(STACKED)}
+    split = {value.shape for name, value in state.params.items() if name.startswith(STACKED)}
+    assert not gathered & {shape for shape in split if len(shape) > 2}, "never all layers at once"
+    sizes = {np.prod(shape) for shape in (weights - split) | layers}
+    assert all(np.prod(shape) in sizes for shape in gathered), "weights and nothing else"
