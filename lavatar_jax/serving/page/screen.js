@@ -42,6 +42,11 @@ export class Screen {
 
   #watch() {
     const source = this.video.srcObject;
+    if (!this.video.requestVideoFrameCallback) {
+      // An older browser shows it as well, but does not count.
+      this.video.addEventListener("playing", () => this.shown(null, "video"), { once: true });
+      return;
+    }
     const next = (now, about) => {
       if (this.video.srcObject !== source) return;
       this.shown(about.receiveTime ? about.expectedDisplayTime - about.receiveTime : null, "video");

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import aioice.ice
 import httpx2
 import numpy as np
 import pytest
@@ -148,8 +149,10 @@ class Puppets:
 
 
 @pytest.fixture
-def puppets(tmp_path: Path) -> Iterator[Callable[..., Puppets]]:
+def puppets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Puppets]]:
     """Makes servers of puppets; takes what `ServerConfig` takes."""
+    # ICE leaves the loopback interface out; a test may have no other.
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
     with contextlib.ExitStack() as stack:
 
         def make(host: PuppetHost | None = None, **config: Any) -> Puppets:

@@ -14,7 +14,7 @@ from lavatar_jax.serving import sessions
 from tests.serving.browser.chromium import DESKTOP, PHONE, Page
 from tests.serving.browser.conftest import Puppets
 from tests.serving.browser.puppet import PuppetHost
-from tests.serving.browser.test_talking import LIVE, SETUP, SPEAKS, stop
+from tests.serving.browser.test_talking import LIVE, SETUP, stop
 from tests.serving.browser.watching import frame_ages, no_overflow
 from tests.serving.conftest import KEY, wait_for
 
@@ -163,7 +163,6 @@ def test_a_lost_connection_comes_back(page: Page, puppets: Make, media: str) -> 
     wait_for(lambda: room.connections and room.connections != [before])
     page.wait("document.getElementById('veil').hidden")
     assert served.room is room
-    page.wait(SPEAKS)
     page.complaints.clear()
     stop(page)
 
@@ -258,6 +257,9 @@ def test_everything_by_keyboard(page: Page, puppets: Make) -> None:
     wait_for(lambda: served.room.voice.muted)
     page.key("Escape")
     wait_for(lambda: served.host.opened[0].interrupts)
+    tab_to("sound")
+    page.key(" ")
+    page.wait("document.getElementById('video').muted")
     tab_to("stop")
     page.key("Enter")
     page.wait(SETUP)

@@ -43,21 +43,20 @@ window.seen = [];
 """
 
 
-def watch_mouth(page: Page, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-    """Loudness [n] and how far the mouth is from its rest [n], in greys of 255."""
+def watch_mouth(page: Page, seconds: float) -> tuple[float, float]:
+    """How far the mouth is from its rest, in greys of 255: while there is speech, and in the pauses between.
+
+    What counts is the middle of each: a machine that is late holds the picture, and has no sound for it.
+    """
     page.evaluate(WATCH)
     time.sleep(seconds)
     seen: list[Any] = page.evaluate("clearInterval(window.watching), window.seen")
-    loudness = np.array([heard for heard, _ in seen])
+    loud = np.array([heard > 0.01 for heard, _ in seen])
     mouths = np.array([greys for _, greys in seen])
-    rest = np.median(mouths[loudness < 0.01], axis=0)
-    return loudness, np.abs(mouths - rest).mean(axis=1)
-
-
-def moves_with_sound(loudness: np.ndarray, opening: np.ndarray) -> tuple[float, float]:
-    """How far the mouth opens in speech, and in silence: away from where one becomes the other."""
-    spoken = np.convolve(loudness > 0.01, np.ones(9), "same")
-    return float(np.mean(opening[spoken >= 8])), float(np.mean(opening[spoken == 0]))
+    spoken = np.convolve(loud, np.ones(9), "same") >= 8
+    silent = np.convolve(loud, np.ones(25), "same") == 0
+    opening = np.abs(mouths - np.median(mouths[silent], axis=0)).mean(axis=1)
+    return float(np.mean(opening[spoken])), float(np.mean(opening[silent]))
 
 
 def no_overflow(page: Page) -> bool:
