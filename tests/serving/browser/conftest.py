@@ -31,7 +31,7 @@ from tests.serving.browser.puppet import PuppetHost
 from tests.serving.conftest import wait_for
 
 ROOT = Path(__file__).parents[3]
-SPOKEN, SILENT = 2.4, 1.8  # seconds of the microphone, again and again
+SPOKEN, SILENT = 2.4, 2.6  # seconds of the microphone, again and again
 # A test that fails leaves no session behind, which would keep the only place.
 LEAVE = """
 (async () => {

@@ -35,7 +35,7 @@ def stop(page: Page) -> None:
 def test_the_mouth_follows_the_microphone(page: Page, live: str, media: str) -> None:
     start(page, f"{live}/?media={media}")
     page.wait(SPEAKS)
-    spoken, silent = watch_mouth(page, 9)
+    spoken, silent = watch_mouth(page, 10)
     print(f"{media}: the mouth is {spoken:.1f} from its rest in speech, {silent:.1f} in pauses")
     assert spoken > 2.0 * silent, (spoken, silent)
     assert spoken > 4, (spoken, silent)

@@ -37,7 +37,7 @@ window.seen = [];
     const greys = [];
     for (let i = 0; i < colours.length; i += 4)
       greys.push((colours[i] + colours[i + 1] + colours[i + 2]) / 3);
-    window.seen.push([heard(), greys]);
+    window.seen.push([performance.now(), heard(), greys]);
   }, 40);
 })();
 """
@@ -51,10 +51,14 @@ def watch_mouth(page: Page, seconds: float) -> tuple[float, float]:
     page.evaluate(WATCH)
     time.sleep(seconds)
     seen: list[Any] = page.evaluate("clearInterval(window.watching), window.seen")
-    loud = np.array([heard > 0.01 for heard, _ in seen])
-    mouths = np.array([greys for _, greys in seen])
-    spoken = np.convolve(loud, np.ones(9), "same") >= 8
-    silent = np.convolve(loud, np.ones(25), "same") == 0
+    times = np.array([at for at, _, _ in seen]) / 1e3
+    loud = np.array([heard > 0.01 for _, heard, _ in seen])
+    mouths = np.array([greys for _, _, greys in seen])
+    distance = np.abs(times[:, None] - times)
+    spoken = ~np.any((distance < 0.15) & ~loud, axis=1)
+    silent = ~np.any((distance < 0.6) & loud, axis=1)
+    assert spoken.any(), "no speech"
+    assert silent.any(), "no pause"
     opening = np.abs(mouths - np.median(mouths[silent], axis=0)).mean(axis=1)
     return float(np.mean(opening[spoken])), float(np.mean(opening[silent]))
 
