@@ -154,7 +154,8 @@ def make_loss(
         keys = jax.random.split(key, 9)
         x0 = batch["latent"].astype(jnp.float32)
         photo = batch["reference"].astype(jnp.float32)
-        size = x0.shape[1:4]
+        frames, height, width = x0.shape[1:4]
+        size = frames, height, width
         has_motion = model.use_motion and "motion" in batch
         motion = noise_motion(keys[7], batch["motion"].astype(jnp.float32)) if has_motion else None
         pose = None

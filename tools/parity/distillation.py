@@ -51,7 +51,7 @@ def losses(case: Case) -> Iterator[Check]:
 
     x, noise = inputs["x_gen"], inputs["noise"]
     t_BF = _per_frame(dmd.shift_timestep(case["raw_timestep"], config), x)
-    scores = {
+    scores: dict[str, Any] = {
         "real": networks("pred_real_cond"),
         "real_uncond": networks("pred_real_uncond"),
         "fake": networks("pred_fake_cond"),
