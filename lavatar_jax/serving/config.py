@@ -40,6 +40,7 @@ class ServerConfig:
     reconnect: float = 30.0  # a session waits so long for its client
     idle: float = 600.0  # and so long for something to say
     kept: float = 60.0  # a closed session's last words and recording
+    measure_places: bool = False  # so many as the machine holds, instead of all that the host has
     queue: int = 0  # so many creations may wait for a place
     queue_wait: float = 5.0
     rows: int = 512  # smaller videos are enlarged to at least so many

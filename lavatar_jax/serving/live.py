@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lavatar_jax.models.avatar import Avatar
     from lavatar_jax.parallel import PipelineLayout
 
+MOST = 4  # each makes the start longer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Live:
@@ -28,8 +30,8 @@ class Live:
     port: int = 8765
     model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
     """The bundled small model, or a folder with a converted one."""
-    sessions: int = 2
-    """How many avatars can speak at once."""
+    sessions: int | None = None
+    """How many avatars can speak at once (default: what this machine holds, measured at the start)."""
     queue: int = 0
     """How many requests for a session may wait for a place; others are told that the server is busy."""
     devices: int = 1
@@ -90,6 +92,7 @@ class Live:
             api_key=_secret(self.api_key_file, os.environ.get("LAVATAR_API_KEY")),
             hosts=self.name,
             idle=self.idle,
+            measure_places=self.sessions is None,
             queue=self.queue,
             bit_rate=self.bit_rate,
             watermark=self.watermark,
@@ -117,7 +120,7 @@ class Live:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         address = f"{scheme}://{shown}:{self.port}/"
         avatar = load_model_folder(self.model)
-        app = create_app(SessionHost(avatar, self.sessions, self._layout(avatar)), config)
+        app = create_app(SessionHost(avatar, self.sessions or self._most(), self._layout(avatar)), config)
         print(f"serving on {address} (Ctrl-C stops)", file=sys.stderr)
         if self.open and sys.stderr.isatty() and _has_screen():
             threading.Timer(1.0, webbrowser.open, [address]).start()
@@ -126,9 +129,10 @@ class Live:
     def _check(self) -> None:
         limits = {"port": (1, 65535), "sessions": (1, 1024), "queue": (0, 1000), "devices": (1, 1024)}
         for name, (low, high) in (limits | {"bit_rate": (100_000, 50_000_000)}).items():
-            if not low <= getattr(self, name) <= high:
+            given = getattr(self, name)
+            if given is not None and not low <= given <= high:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)}: give a number from {low} to {high}")
+                raise UserError(f"--{option} {given}: give a number from {low} to {high}")
         if not self.idle >= 1:
             raise UserError(f"--idle {self.idle}: give seconds, at least 1")
         for one, other in (("tls_cert", "tls_key"), ("c2pa_cert", "c2pa_key")):
@@ -147,6 +151,10 @@ class Live:
                 raise UserError(f"{folder}: this folder cannot be made ({error.strerror})") from None
         if self.faces is not None and not self.faces.is_dir():
             raise UserError(f"--faces {self.faces}: there is no such folder")
+
+    def _most(self) -> int:
+        """Places to prepare where no number is given. A place of a large model takes gigabytes."""
+        return min(MOST, os.cpu_count() or 1) if self.model == "tiny" else 1
 
     def _layout(self, avatar: Avatar) -> PipelineLayout | None:
         if self.devices == 1:

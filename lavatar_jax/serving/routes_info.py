@@ -52,7 +52,7 @@ async def healthz(request: Request) -> dict[str, str]:
 async def readyz(request: Request) -> dict[str, object]:
     sessions = services(request).sessions
     sessions.check_ready()
-    return {"ready": True, "sessions": len(sessions.open_rooms), "places": sessions.host.slots}
+    return {"ready": True, "sessions": len(sessions.open_rooms), "places": sessions.places}
 
 
 @router.get("/metrics", tags=["server"], summary="For Prometheus; needs the API key if there is one")
@@ -71,7 +71,7 @@ async def config(request: Request) -> dict[str, object]:
     return {
         "model": sessions.host.avatar.config.name,
         "api_key_required": found.config.api_key is not None,
-        "places": sessions.host.slots,
+        "places": sessions.places,
         "sessions": len(sessions.open_rooms),
         "video": {"width": width, "height": height, "fps": sessions.fps},
         "tts": found.speech.about(),

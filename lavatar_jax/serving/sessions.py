@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import UInt8
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_host import Busy, SessionHost
+from lavatar_jax.inference.spoken import SpokenBlock
 from lavatar_jax.serving.config import ServerConfig
 from lavatar_jax.serving.encoder import Encoder, video_size
 from lavatar_jax.serving.errors import ApiError
@@ -30,6 +32,7 @@ from lavatar_jax.serving.watermark import Watermark
 
 log = logging.getLogger(__name__)
 NOWHERE = ApiError(401, "unauthorized", "The token is missing or wrong, or the session has ended.")
+LOAD = 0.6  # of the time, for the model at most: enlarging, marking, encoding and sending need the rest
 BUSY = ApiError(503, "busy", "Every place is taken; try again in a moment.", retry_after=5)
 
 
@@ -73,6 +76,7 @@ class Sessions:
         self.fps = model.fps
         self.listens_to_loudness = model.speech is None  # wav2vec2 normalises by itself
         self.rooms: dict[str, Room] = {}
+        self.places = host.slots
         self.ready = self.failed = self.stopping = False
         self._block_seconds = host.avatar.config.dit.block_frames * model.vae.temporal_factor / model.fps
         self._opening = self._waiting = 0
@@ -84,7 +88,6 @@ class Sessions:
         if config.watermark:
             key = config.watermark_key
             self._watermark = Watermark() if key is None else Watermark(key=key)
-        metrics.places.set(host.slots)
 
     # ---- places ----------------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class Sessions:
 
     @property
     def full(self) -> bool:
-        return len(self.open_rooms) + self._opening >= self.host.slots
+        return len(self.open_rooms) + self._opening >= self.places
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -199,6 +202,9 @@ class Sessions:
         try:
             self.host.start()
             await asyncio.to_thread(self._rehearse)
+            if self.config.measure_places:
+                self.places = await asyncio.to_thread(self._measure_places)
+            self.metrics.places.set(self.places)
             if self._saved is not None:
                 await self._restore(self._saved)
         except Exception:
@@ -207,7 +213,7 @@ class Sessions:
             return
         self.metrics.count_recompiles()
         self.ready = True
-        log.info("ready", extra={"places": self.host.slots})
+        log.info("ready", extra={"places": self.places})
 
     def _rehearse(self) -> None:
         height, width = self.host.size
@@ -224,11 +230,30 @@ class Sessions:
         for session in sessions:
             session.close("rehearsed")
 
-    def _await_part(self, session: AvatarSession) -> None:
+    def _measure_places(self) -> int:
+        """How many sessions this machine holds at full speed: one is timed, alone, for 2 s."""
+        height, width = self.host.size
+        session = self.host.open(np.full((height, width, 3), 128, np.uint8), prompt="how fast")
+        work = median([self._time_block(session) for _ in range(4)])
+        session.close("measured")
+        places = int(LOAD * self._block_seconds / work)
+        log.info("measured", extra={"block_ms": round(1e3 * work), "places_by_speed": places})
+        return min(max(1, places), self.host.slots)
+
+    def _time_block(self, session: AvatarSession) -> float:
+        """Seconds of work for the next block."""
+        parts = [self._await_part(session) for _ in range(self.host.parts)]
+        latency = None if parts[-1] is None else parts[-1].latency
+        return self._block_seconds if latency is None else latency.complete - latency.taken  # None: too late
+
+    def _await_part(self, session: AvatarSession) -> SpokenBlock | None:
         """Compiling takes as long as it takes, unless the server is stopped meanwhile."""
-        while not self.stopping and session.read(timeout=0.5) is None:
+        while not self.stopping:
+            if (part := session.read(timeout=0.5)) is not None:
+                return part
             if session.reason is not None:
                 raise RuntimeError(f"the rehearsal was closed: {session.reason}")
+        return None
 
     async def watch(self) -> None:
         """Every second: ends what nobody uses, forgets what has ended, tells how it goes."""
