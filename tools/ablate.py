@@ -99,13 +99,12 @@ def speed(avatar: Avatar, clip: Clip) -> Numbers:
 
 
 def drift(avatar: Avatar, clips: list[Clip], speech: Path, seconds: float, seed: int) -> Numbers:
-    """Colour error over the 5 s before each of `MOMENTS` that the video reaches."""
+    """Colour error before each of `MOMENTS` that the video reaches."""
     moments = [moment for moment in MOMENTS if moment <= seconds]
-    errors: dict[float, list[float]] = {moment: [] for moment in moments}
-    for end, frames in glimpses(avatar, clips, speech, max(moments), moments, seed=seed):
-        moment = min(moment for moment in moments if moment >= end - 1e-6)
-        errors[moment] += [identity_error(v, c) for v, c in zip(frames, clips, strict=True)]
-    return {f"at_{moment:.0f}": float(np.mean(found)) for moment, found in errors.items()}
+    return {
+        f"at_{moment:.0f}": float(np.mean([identity_error(v, c) for v, c in zip(frames, clips, strict=True)]))
+        for moment, frames in glimpses(avatar, clips, speech, max(moments), moments, seed=seed)
+    }
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -100,30 +101,32 @@ def glimpses(
     clips: Sequence[Clip],
     speech: Path,
     seconds: float,
-    wanted: Iterable[float],
+    moments: Iterable[float],
     *,
-    window: float = 5.0,
+    window: float = 2.4,
     seed: int = 7,
 ) -> Iterator[tuple[float, Float[np.ndarray, "B T H W 3"]]]:
-    """A long video that is decoded only where one looks: (seconds since the start, frames of one block).
+    """A long video that is decoded only where one looks: (moment, frames of the `window` seconds before it).
 
-    `wanted`: moments; around each, every block that ends within `window` seconds before it is shown. Latents
-    do not depend on what is decoded, so hours cost only the transformer's time.
+    Latents do not depend on what is decoded, so hours cost only the transformer's time.
     """
-    length, moments = block_seconds(avatar), sorted(wanted)
-    recent: list[jax.Array] = []
+    length, waiting = block_seconds(avatar), sorted(moments)
+    shown = max(1, round(window / length))  # blocks
+    recent: deque[jax.Array] = deque(maxlen=CONTEXT + shown)
     audio = endless_audio(avatar, len(clips), seconds, speech)
     for block in stream(avatar, clips, audio, seed=seed, decode=False):
-        recent = [*recent[-CONTEXT:], block.latent]
+        recent.append(block.latent)
         end = (block.index + 1) * length
-        if any(end <= moment + 1e-6 and end > moment - window for moment in moments):
-            yield end, decode_last(avatar, recent)
+        while waiting and end + length > waiting[0]:  # the next block would end after it
+            yield waiting.pop(0), decode_last(avatar, list(recent), shown)
 
 
-def decode_last(avatar: Avatar, latents: Sequence[jax.Array]) -> Floats:
-    """Frames of the last of some consecutive blocks of latents [B, F, H, W, C]."""
-    frames = latents[-1].shape[1] * avatar.config.vae.temporal_factor
-    return np.asarray(_decode(avatar.vae, jnp.concatenate(latents, axis=1)))[:, -frames:]
+def decode_last(avatar: Avatar, latents: Sequence[jax.Array], blocks: int) -> Floats:
+    """Frames of the last of some consecutive blocks of latents [B, F, H, W, C], person by person."""
+    frames = blocks * latents[-1].shape[1] * avatar.config.vae.temporal_factor
+    clip = jnp.concatenate(latents, axis=1)
+    people = [_decode(avatar.vae, clip[person : person + 1]) for person in range(len(clip))]
+    return np.concatenate([np.asarray(video)[:, -frames:] for video in people])
 
 
 _decode = jax.jit(lambda vae, latents: jnp.clip(vae.decode(latents), -1, 1))

@@ -49,9 +49,10 @@ def test_a_glimpse_is_what_the_decoded_video_shows(avatar, clip, monkeypatch) ->
 
     monkeypatch.setattr(performance, "endless_audio", audio)
     whole = np.concatenate([b.frames for b in performance.stream(avatar, [clip], audio(avatar, 1, 0, ""))], 1)
-    seen = dict(performance.glimpses(avatar, [clip], None, 0, [4 * 0.48], window=0.48))
-    assert list(seen) == [pytest.approx(4 * 0.48)]
-    (frames,) = seen.values()
+    seen = dict(performance.glimpses(avatar, [clip], None, 0, [4 * 0.48, 2.6], window=0.48))
+    assert list(seen) == [4 * 0.48, 2.6]
+    frames = seen[4 * 0.48]
+    assert np.abs(seen[2.6] - whole[:, 48:60]).mean() < 0.01  # the block that ends at 2.4 s
     assert np.abs(frames - whole[:, 36:48]).mean() < 0.01  # the VAE looks further back than the context
     assert np.abs(frames - whole[:, 24:36]).mean() > 2 * np.abs(frames - whole[:, 36:48]).mean()
 
