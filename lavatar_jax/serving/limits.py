@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,11 +28,12 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         limit, received = self._largest(scope["path"]), 0
         too_large = ApiError(413, "too_large", f"That is more than {limit / 2**20:.2g} MiB.")
-        announced = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > limit:
             answer = JSONResponse(too_large.body(), 413, {"Connection": "close"})
             return await answer(scope, receive, send)
-        complete = False
+        complete = announced == "0" and "transfer-encoding" not in headers
 
         async def counted() -> Message:
             nonlocal received, complete
@@ -48,7 +49,13 @@ class BodyLimit:
                 raise too_large
             return message
 
-        await self._app(scope, counted, send)
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and not complete:
+                # An answer to a part: otherwise the rest would still be read, to be thrown away.
+                MutableHeaders(raw=message.setdefault("headers", [])).append("Connection", "close")
+            await send(message)
+
+        await self._app(scope, counted, send_last)
 
 
 class Rate:

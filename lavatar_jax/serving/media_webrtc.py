@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +36,7 @@ BEHIND = 50  # packets that may wait to be sent
 VIDEO_CLOCK, SOUND_CLOCK = 90_000, 48_000
 OPUS_TICKS = SOUND_CLOCK // 50
 PATIENCE = 30.0  # seconds from an offer to a connection
+SILENCE = 12.0  # seconds without a packet from a client: it has gone without a word
 OFFER_BYTES = 100_000
 
 
@@ -165,10 +167,31 @@ class Call:
         if self._peer.connectionState != "connected":
             await self.hang_up("not connected")
 
+    async def _notice_silence(self) -> None:
+        """A client that was killed says no goodbye, and ICE takes half a minute to notice. Whoever is there
+        sends at least reports of what it received, every few seconds."""
+        received, since = 0, time.monotonic()
+        while time.monotonic() - since < SILENCE:
+            await asyncio.sleep(min(1.0, SILENCE / 4))
+            now = await self._received()
+            if now is None:  # no media in either direction: left to ICE
+                return
+            if now != received:
+                received, since = now, time.monotonic()
+        log.info("a client has fallen silent", extra={"session": self._room.identity.id})
+        await self.hang_up("gone")
+
+    async def _received(self) -> int | None:
+        """Packets of any kind that came from the client; None: nobody counts."""
+        stats: Any = (await self._peer.getStats()).values()
+        counts = [found.packetsReceived for found in stats if found.type == "transport"]
+        return sum(counts) if counts else None
+
     def _on_state(self) -> None:
         if self._peer.connectionState == "connected" and not self._joined:
             self._joined = True  # not before: what was put earlier would come late, and all at once
             self._room.join(self)
+            self._spawn(self._notice_silence())
         if self._peer.connectionState in ("failed", "closed", "disconnected") and not self._closed:
             self._spawn(self.hang_up("gone"))
 

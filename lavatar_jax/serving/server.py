@@ -39,6 +39,8 @@ def make_server(
             proxy_headers=False,  # an address that a client states is no address
             ws_max_size=config.limits.message_bytes,
             ws_per_message_deflate=False,
+            ws_ping_interval=5.0,
+            ws_ping_timeout=12.0,  # as long as a WebRTC client may be silent
             limit_concurrency=1000,
             timeout_keep_alive=10,
             timeout_graceful_shutdown=5,
