@@ -14,12 +14,13 @@ pytest.importorskip("aiortc")
 
 from lavatar_jax.errors import UserError
 from lavatar_jax.serving import routes_info, services, uploads
-from lavatar_jax.serving.config import Limits
+from lavatar_jax.serving.config import Limits, ServerConfig
 from lavatar_jax.serving.encoder import Encoder
 from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.live import Live
 from lavatar_jax.serving.media_webrtc import OFFER_BYTES, Call
 from lavatar_jax.serving.recording import Recording
-from lavatar_jax.serving.security import CONTENT_SECURITY_POLICY, HEADERS
+from lavatar_jax.serving.security import CONTENT_SECURITY_POLICY, HEADERS, is_loopback
 from lavatar_jax.serving.speech import Speech, check_voice
 from tests.serving.conftest import Served, picture, serving, wav
 from tests.serving.test_parts import tone_moments
@@ -182,3 +183,9 @@ def test_recordings_end_at_a_number_of_bytes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="as long as it may be"):
         recording.write(tone_moments(Encoder((256, 256), 25, 600_000), 100))
     assert recording.state == "failed"
+
+
+def test_nobody_else_is_served_unless_asked() -> None:
+    assert is_loopback(Live().host)
+    assert is_loopback(ServerConfig().host)
+    assert not is_loopback("0.0.0.0")
