@@ -5,6 +5,7 @@ the assignments above the imports.
 """
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=9"
@@ -16,6 +17,11 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A shell that runs the tests in the background ignores Ctrl-C for them and their children, some of which are
+# tested for what they do then.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test compiles. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("lavatar", deadline=None, derandomize=True, max_examples=25)

@@ -46,6 +46,7 @@ DIT_RULES: list[Rule] = [
     *_linear(_LAYER + r"ffn\.2", "blocks.ffn.outer"),
     Rule(r"head\.modulation", "head.modulation", "drop_first"),
     *_linear(r"head\.head", "head.linear"),
+    *_linear(r"head\.gain", "head.gain"),  # of `input_skip`: published models have none
     Rule(r"casual_audio_encoder\.weights", "audio_encoder.layer_weights", flatten_from(1, -1, 1, 1)),
     Rule(
         r"casual_audio_encoder\.encoder\.padding_tokens",
