@@ -35,8 +35,8 @@ from lavatar_jax.types import BlockInput, Conditions
 class Block:
     """What one step of the rollout yields.
 
-    `frames` is None until the clip is full (decode="clip") and without a VAE; `rings` live until the next block
-    is asked for.
+    `frames` is None until the clip is full (decode="clip") and without a VAE; `rings` live until the next
+    block is asked for.
     """
 
     index: int
