@@ -15,9 +15,10 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.tiny_dit import SAMPLING
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
-from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.config import DiTConfig
 from lavatar_jax.data.shards import read_dataset
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
@@ -25,13 +26,6 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.training.latents import LatentsConfig, load_vae
 from lavatar_jax.training.state import split_model
-
-# How the small model is sampled: no motion frames; the sink keeps one distance, in the range of its training;
-# the video starts right after one still picture, as its training clips do. The sink stays the photo: what the
-# adaptive sink puts in its place, the model's own first latent, is less clean (colour error 6.1 against 2.4).
-SAMPLING = SamplingConfig(
-    motion=False, adapt_sink_after=None, sink_distance=24, prime_latents=1, drop_first_frames=0
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

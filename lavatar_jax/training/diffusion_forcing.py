@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from lavatar_jax.config import DiTConfig
-from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
 from lavatar_jax.evaluation.flops import clip_flops, step_flops
 from lavatar_jax.models import rope as rp
@@ -19,10 +18,10 @@ from lavatar_jax.models.dit import CausalDiT, Remat
 from lavatar_jax.models.dit_forward import block_causal_mask, cond_tokens, train_forward
 from lavatar_jax.models.rope import Rope
 from lavatar_jax.parallel import STACKED, train_mesh
-from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
+from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.run import Run, fit_run
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 
@@ -191,16 +190,7 @@ def make_loss(
 def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     mesh, train = train_mesh(config.mesh), config.train
-    first_process_only(lambda: prepare_latents(config.data))
-    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
-    batches = record_batches(
-        source,
-        batch=train.batch,
-        seed=train.seed,
-        workers=train.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    source, batches = open_training(config.data, train, Path(config.out))
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
     optimizer = make_optimizer(
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim

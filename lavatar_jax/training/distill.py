@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lavatar_jax.config import DiTConfig, SamplingConfig
-from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import StreamShape, clip_flops, step_flops
@@ -28,10 +27,10 @@ from lavatar_jax.training.distill_step import (
 )
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward, load_rewards
-from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
+from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.run import Run, fit_run
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import Params, split_model
@@ -162,16 +161,7 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
 def train_distill(config: DistillRun) -> DistillState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
-    first_process_only(lambda: prepare_latents(config.data))
-    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
-    batches = record_batches(
-        source,
-        batch=train.batch,
-        seed=train.seed,
-        workers=train.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    source, batches = open_training(config.data, train, Path(config.out))
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)
     step_fn, optimizers = make_step(config, params, rewards)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,15 @@ from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.faces import Identity, Motion, attention_map
-from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.references import snapshot
 from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_records
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.run import first_process_only
 from lavatar_jax.training.state import split_model
 
 STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel
@@ -180,3 +183,23 @@ def open_latents(config: LatentsConfig, *, skipped_log: str | Path | None = None
     return ShardSource(
         config.folder, text_len=config.text_len, text_dim=config.text_dim, skipped_log=skipped_log
     )
+
+
+def open_training(
+    data: LatentsConfig, train: LoopConfig, out: Path
+) -> tuple[ShardSource, grain.DatasetIterator]:
+    """Encode clips if needed -> (all records, this process's share of endless batches). Raises UserError.
+
+    Records that cannot be read are named in a file of the run's folder `out`.
+    """
+    first_process_only(lambda: prepare_latents(data))
+    source = open_latents(data, skipped_log=out / "skipped_records.jsonl")
+    batches = record_batches(
+        source,
+        batch=train.batch,
+        seed=train.seed,
+        workers=train.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return source, batches

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lavatar_jax.data.loader import record_batches
 from lavatar_jax.diffusion import TIMESTEPS, euler_step, v_to_x0
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
@@ -22,9 +21,9 @@ from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.distill import DistillRun, make_roles, starting_weights
 from lavatar_jax.training.distill_step import Roles
 from lavatar_jax.training.dmd import guide
-from lavatar_jax.training.latents import open_latents, prepare_latents
+from lavatar_jax.training.latents import open_training
 from lavatar_jax.training.optim import make_optimizer
-from lavatar_jax.training.run import first_process_only, fit_run
+from lavatar_jax.training.run import fit_run
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step
 
@@ -101,16 +100,7 @@ def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
 def train_ode(config: OdeRun) -> TrainState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
-    first_process_only(lambda: prepare_latents(config.data))
-    source = open_latents(config.data, skipped_log=Path(config.out) / "skipped_records.jsonl")
-    batches = record_batches(
-        source,
-        batch=train.batch,
-        seed=train.seed,
-        workers=train.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    _, batches = open_training(config.data, train, Path(config.out))
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)
     step_fn = make_train_step(
