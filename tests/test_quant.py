@@ -96,7 +96,8 @@ def test_a_float32_layer_computes_in_float32() -> None:
 def test_exactly_the_layers_of_the_reference_are_quantised() -> None:
     """By PyTorch names: the recorded lists of replaced and kept layers of the tiny model."""
     info = json.loads(shared_path("golden/14_fp8_linear/case.json").read_text())
-    linears = [r for r in DIT_RULES if r.transform == "linear"]
+    # The head's gain exists in small models only, that of the recording is not one.
+    linears = [r for r in DIT_RULES if r.transform == "linear" and r.path != "head.gain.weight"]
     paths = param_paths(jax.eval_shape(lambda: quantize(CausalDiT(CONFIG, rngs=nnx.Rngs(0)))))
 
     def ours(module: str) -> str:
