@@ -11,11 +11,13 @@ pytest.importorskip("aiortc")
 
 from starlette.websockets import WebSocketDisconnect
 
+from lavatar_jax import cli
+from lavatar_jax.checkpoints import store
 from lavatar_jax.errors import UserError
-from lavatar_jax.serving import security
+from lavatar_jax.serving import security, server
 from lavatar_jax.serving.consent import STATEMENT
-from lavatar_jax.serving.live import Live
 from lavatar_jax.serving.sessions import Sessions
+from serve import main
 from tests.serving.conftest import KEY, Served, picture, serving
 
 OWNERS = [
@@ -86,12 +88,19 @@ def test_tokens_are_not_kept_and_not_logged(served: Served, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_no_server_for_others_without_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_for_others_without_a_key(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*_: object) -> None:
+        pytest.fail("it would be served")
+
     monkeypatch.delenv("LAVATAR_API_KEY", raising=False)
-    with pytest.raises(UserError, match="API key"):
-        Live(host=host).run()
+    monkeypatch.setattr(store, "load_model_folder", started)  # what comes first
+    monkeypatch.setattr(server, "serve", started)
+    assert cli.run(lambda: main(["live", "--host", host])) == 2
+    assert "API key" in capsys.readouterr().err
     with pytest.raises(UserError, match="16 characters"):
-        security.check_exposure(host, "short")
+        security.check_exposure(host, "x" * 15)
     security.check_exposure(host, KEY)
     security.check_exposure("127.0.0.1", None)
 
