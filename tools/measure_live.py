@@ -4,7 +4,8 @@
     python tools/measure_live.py [--url URL] [--seconds 600] [--json FILE]
 
 A client that speaks the bundled recording again and again, with pauses, over WebRTC, and measures what it
-receives. Run it on a machine with nothing else to do: it decodes the video too, on the same cores.
+receives. Run it on a machine with nothing else to do: it decodes the video too, on the same cores. Ctrl-C
+ends it sooner: what was measured until then is reported, and the exit code is 130.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def request(url: str, path: str, body: bytes, headers: dict[str, str], method: s
 
 
 async def measure(url: str, seconds: float) -> dict[str, Any]:
+    """Cancelled while it measures, it reports what it has, with `interrupted_after_seconds`."""
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     received = {"video": Received(), "audio": Received()}
     stats: list[dict[str, Any]] = []
@@ -120,25 +122,32 @@ async def measure(url: str, seconds: float) -> dict[str, Any]:
     headers = bearer | {"Content-Type": "application/sdp"}
     sdp = await asyncio.to_thread(request, url, session["media"]["call"], offer, headers)
     await peer.setRemoteDescription(RTCSessionDescription(sdp.decode(), "answer"))
-    await asyncio.sleep(seconds)
+    measuring, interrupted = time.monotonic(), {}
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:  # what Ctrl-C comes to
+        interrupted = {"interrupted_after_seconds": round(time.monotonic() - measuring, 1)}
     await asyncio.to_thread(request, url, f"/v1/sessions/{session['id']}", b"", bearer, "DELETE")
     for task in tasks:
         task.cancel()
     await peer.close()
-    return report(received, stats, begin, opened)
+    if interrupted and not stats:
+        raise KeyboardInterrupt  # there is nothing to report yet
+    return report(received, stats, begin, opened) | interrupted
 
 
 def report(
     received: dict[str, Received], stats: list[dict[str, Any]], begin: float, opened: float
 ) -> dict[str, Any]:
     video, sound = received["video"], received["audio"]
-    if len(video.arrivals) < 2 or not stats:
-        raise SystemExit("no video came: is the server's log clear about why?")
+    if min(len(video.arrivals), len(sound.arrivals)) < 2 or not stats:
+        raise SystemExit("no video or no sound came: is the server's log clear about why?")
     ages, heard = video.windows(), sound.windows()
     skew = [ages[window] - heard[window] for window in sorted(ages.keys() & heard.keys())]
     span = video.arrivals[-1] - video.arrivals[0]
     gaps = np.diff(video.arrivals)
     waits = [s["silence_to_speech_ms"] for s in stats if s["silence_to_speech_ms"] is not None]
+    blocks = [s["block_ms"] for s in stats if s["block_ms"]]
     last = stats[-1]
     return {
         "seconds": round(span, 1),
@@ -146,13 +155,13 @@ def report(
         "opened_ms": round(1e3 * opened),
         "first_frame_received_ms": round(1e3 * (video.arrivals[0] - begin)),
         "first_frame_sent_ms": last["first_frame_ms"],
-        "drift_of_sound_to_picture_ms": round(1e3 * max(abs(value - skew[0]) for value in skew), 1),
+        "drift_of_sound_to_picture_ms": round(1e3 * max((abs(v - skew[0]) for v in skew), default=0.0), 1),
         "longest_gap_ms": round(1e3 * float(gaps.max())),
         "underruns": last["underruns"],
         "underruns_of_frames_percent": round(100 * last["underruns"] / (25 * span), 3),
         "held_blocks": last["held"],
         "silence_to_speech_ms": round(median(waits)) if waits else None,
-        "block_ms": round(median(s["block_ms"] for s in stats if s["block_ms"]), 1),
+        "block_ms": round(median(blocks), 1) if blocks else None,
         "parts_ms": {
             name: round(median(s["parts_ms"].get(name, 0.0) for s in stats), 1) for name in last["parts_ms"]
         },
@@ -167,11 +176,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     offer_loopback()
-    found = asyncio.run(measure(args.url, args.seconds))
+    try:
+        found = asyncio.run(measure(args.url, args.seconds))
+    except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
+        return 130
     found |= {"cores": os.cpu_count(), "python": platform.python_version()}
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+    if "interrupted_after_seconds" in found:
+        after = found["interrupted_after_seconds"]
+        print(f"interrupted after {after} s of {args.seconds:g} s: that is all so far", file=sys.stderr)
+        return 130
     kept = found["drift_of_sound_to_picture_ms"] <= 40 and found["underruns_of_frames_percent"] < 0.1
     return 0 if kept and found["frames_per_second"] > 24.9 else 1
 
