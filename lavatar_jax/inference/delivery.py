@@ -70,13 +70,17 @@ class Delivery:
             self._first_part(passenger, decoded, now)
         passenger.latency.complete = now
         size, part = len(passenger.sound) // self.parts, passenger.sent
+        speech = None
         if passenger.speech_at is not None and passenger.speech_at // size == part:
             assert passenger.latency.first_speech is not None
             self._stats.silence_to_speech.append(now - passenger.latency.first_speech)
+            speech = passenger.speech_at % size * len(frames) // size, passenger.latency.first_speech
         with self._lock:  # an interrupt finds the sound either here or there
             sound = passenger.sound[part * size : (part + 1) * size]
             passenger.sent += 1
-            block = self._block(part, frames, sound, early=passenger.early, latency=passenger.latency)
+            block = self._block(
+                part, frames, sound, early=passenger.early, latency=passenger.latency, speech=speech
+            )
             self._inside = passenger.sent < self.parts
             if self._on_block is None:
                 self._put(block)

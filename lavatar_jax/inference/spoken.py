@@ -29,6 +29,7 @@ class SpokenBlock:
     held: bool = False
     early: bool = False  # shown before its last denoising steps
     latency: BlockLatency | None = None
+    speech: tuple[int, float] | None = None  # begins after a pause: in which frame, and when it had arrived
 
 
 class Outbox:

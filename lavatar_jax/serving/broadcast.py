@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -36,7 +37,7 @@ class Broadcast:
     ) -> None:
         self.recording: Recording | None = None
         self.parts_ms: dict[str, float] = {}  # where the time of the last block went
-        self.block_ms = self.silence_to_speech_ms = None  # type: float | None
+        self.block_ms: float | None = None
         self.bytes = 0
         self._session, self._encoder, self._playout, self._metrics = session, encoder, playout, metrics
         self._block_seconds = block_seconds
@@ -75,6 +76,9 @@ class Broadcast:
     def _take(self, block: SpokenBlock) -> None:
         start = time.monotonic()
         moments = self._encoder.encode(block.time, block.frames, block.sound)
+        if block.speech is not None:
+            frame, arrived = block.speech
+            moments[frame] = dataclasses.replace(moments[frame], speech=arrived)
         self.bytes += sum(len(moment.video) for moment in moments)
         encoded, waits = time.monotonic() - start, self._playout.stored
         self._call(self._playout.add, moments)
@@ -99,10 +103,6 @@ class Broadcast:
             self._first = False
             metrics.first_frame.observe(stats.first_frame)
             metrics.ttff.observe(stats.ttff)
-        while stats.silence_to_speech:
-            value = stats.silence_to_speech.popleft() + encoded + waits
-            metrics.silence_to_speech.observe(value)
-            self.silence_to_speech_ms = round(1e3 * value, 1)
         latency = block.latency
         if latency is None:
             return

@@ -33,6 +33,7 @@ class Moment:
     pcm: bytes  # 16-bit mono of 16 kHz
     loud: bool  # speech can be heard in it
     made: float  # when it was encoded, by time.monotonic()
+    speech: float | None = None  # when the speech had arrived that begins in it, after a pause
 
 
 def video_size(height: int, width: int, rows: int) -> tuple[int, int]:

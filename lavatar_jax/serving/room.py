@@ -100,6 +100,7 @@ class Room:
         self._created = datetime.datetime.now(datetime.UTC)
         self._started = time.monotonic()
         self._first_frame_ms: float | None = None
+        self._silence_to_speech_ms: float | None = None
         self._completing = threading.Lock()
         self._speaking_until: float | None = None
         self._sent_at: deque[float] = deque(maxlen=2 * fps)
@@ -208,7 +209,7 @@ class Room:
         return {
             "fps": round(fps, 1),
             "first_frame_ms": self._first_frame_ms,
-            "silence_to_speech_ms": self._broadcast.silence_to_speech_ms,
+            "silence_to_speech_ms": self._silence_to_speech_ms,
             "parts_ms": self._broadcast.parts_ms,
             "block_ms": self._broadcast.block_ms,
             "real_time_factor": None if factor is None else round(factor, 3),
@@ -227,6 +228,10 @@ class Room:
         self._sent_at.append(now)
         if self._first_frame_ms is None:
             self._first_frame_ms = round(1e3 * (now - self.session.stats.opened), 1)
+        if sent.moment.speech is not None:
+            wait = now - sent.moment.speech
+            self._metrics.silence_to_speech.observe(wait)
+            self._silence_to_speech_ms = round(1e3 * wait, 1)
         if sent.moment.loud:
             if self._speaking_until is None:
                 self.tell({"type": "agent.speech_started", "time": round(sent.time, 3)})

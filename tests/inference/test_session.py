@@ -522,6 +522,7 @@ def test_latency_of_a_block_and_of_speech() -> None:
     assert len(latency.stages) == 2
     assert sum(latency.parts().values()) == pytest.approx(latency.out - pushed)
     assert list(session.stats.silence_to_speech) == [latency.out - pushed]
+    assert block.speech == (np.flatnonzero(block.sound)[0] // 640, pushed)
     assert 0 < latency.out - pushed < 0.5
     assert session.stats.first_frame == 0.0
 

@@ -30,6 +30,7 @@ class FakeSession:
         self.sound = np.zeros(0, np.float32)
         self._lock = threading.Lock()
         self._parts = self.fed = 0
+        self._arrived, self._silent = 0.0, True
         self._start = time.monotonic()
 
     @property
@@ -41,6 +42,7 @@ class FakeSession:
         with self._lock:
             if self.reason is not None:
                 raise UserError("the session is closed")
+            self._arrived = self._arrived if len(self.sound) else time.monotonic()
             self.sound = np.concatenate([self.sound, samples])
         return len(samples)
 
@@ -62,6 +64,9 @@ class FakeSession:
         with self._lock:
             sound, self.sound = np.split(self.sound, [SAMPLES])
             sound = np.pad(sound, (0, SAMPLES - len(sound)))
+            loud = np.flatnonzero(sound)
+            speech = (int(loud[0]) // 640, self._arrived) if len(loud) and self._silent else None
+            self._silent = not len(loud)
         index, part = divmod(self._parts, PARTS)
         self._parts += 1
         now = time.monotonic()
@@ -73,7 +78,7 @@ class FakeSession:
         )
         return SpokenBlock(
             index=index, part=part, time=(index * PARTS + part) * PART / FPS, frames=frames, sound=sound,
-            latency=latency,
+            latency=latency, speech=speech,
         )  # fmt: skip
 
     def close(self, reason: str = "closed") -> None:

@@ -8,6 +8,7 @@ import os
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,20 @@ def test_speech_is_heard_where_it_is_seen(served: Served) -> None:
         ]
         assert loud[0] == pytest.approx(started["time"], abs=0.1)
         assert len(loud) == pytest.approx(25, abs=3)
+
+
+def test_the_wait_for_speech_ends_when_its_first_frame_is_sent(served: Served) -> None:
+    session = served.open(options={"mode": "silent"})
+    sent = []
+    watching = SimpleNamespace(show=lambda sending: sent.append((time.monotonic(), sending.moment)))
+    served.call(session.room.playout.viewers.append, watching)
+    begin = time.monotonic()
+    session.request("POST", "/speak", files={"audio": ("a", wav(1.0))})
+    told = wait_for(lambda: session.request("GET").json()["stats"]["silence_to_speech_ms"])
+    first, moment = next((at, moment) for at, moment in sent if moment and moment.loud)
+    assert begin < moment.speech < first
+    assert told == pytest.approx(1e3 * (first - moment.speech), abs=20)
+    assert [moment.speech for _, moment in sent if moment and moment.speech] == [moment.speech]
 
 
 def test_the_microphone_is_echoed_unless_it_should_not(served: Served) -> None:
