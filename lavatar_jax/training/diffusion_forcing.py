@@ -33,7 +33,7 @@ class ForcingConfig:
     shift: float = 3.0  # of noise levels towards 1
     clean_clips: float = 0.4  # share of the clips with nearly clean blocks in between
     clean_blocks: float = 0.5  # share of the blocks of such a clip
-    clean_sigma: float = 0.05  # a nearly clean block's highest noise level
+    clean_sigma: float = 0.05  # a nearly clean block's highest noise level; what is below is not learned
     same_level_clips: float = 0.3  # share with one level for all blocks, as the streaming cache has it
     sink_dropout: float = 0.1  # share of the steps without the reference
     other_reference: float = 0.25  # share with a latent frame of the clip instead of the photo's
@@ -142,8 +142,9 @@ def make_loss(
 ) -> LossFn:
     """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches` of any shape.
 
-    Flow-matching loss on all blocks at once. Motion frames and pose are used where both the model and the
-    batch have them.
+    Flow-matching loss on all blocks at once, except those that are nearly clean: they are context for the
+    others. No sampler asks what their noise was, and it could hardly be told. Motion frames and pose are used
+    where both the model and the batch have them.
     """
 
     def loss_fn(
@@ -179,10 +180,13 @@ def make_loss(
         )
         error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]
         mouth = batch["mouth"].astype(jnp.float32)[:, None]  # [B, 1, H, W] in [0, 1]
-        weight = jnp.broadcast_to(1.0 + (config.mouth_weight - 1.0) * mouth, error.shape)
-        loss = jnp.sum(error * weight) / jnp.sum(weight)
-        at_mouth = jnp.sum(error * mouth) / (size[0] * jnp.sum(mouth))
-        return loss, {"flow": jnp.mean(error), "mouth": at_mouth}
+        noisy = jnp.broadcast_to((sigma_BF > config.clean_sigma)[..., None, None], error.shape)
+
+        def mean(weight: Array) -> Array:
+            return jnp.sum(error * noisy * weight) / jnp.maximum(jnp.sum(noisy * weight), 1e-6)
+
+        loss = mean(1.0 + (config.mouth_weight - 1.0) * mouth)
+        return loss, {"flow": mean(jnp.ones(())), "mouth": mean(mouth)}
 
     return loss_fn
 

@@ -116,7 +116,7 @@ def test_every_motion_frame_has_a_noise_level_of_its_own():
     assert np.median(np.std(kept, axis=1)) > 0.2
 
 
-def test_scaffold_and_pose_reach_the_loss_unless_dropped_and_any_latent_size_will_do():
+def test_what_reaches_the_loss():
     model = tiny_config(use_motion=True, use_pose=True)
     params, merge = split_model(random_dit(model))
 
@@ -145,6 +145,8 @@ def test_scaffold_and_pose_reach_the_loss_unless_dropped_and_any_latent_size_wil
         assert abs(keep(changed) - keep(plain)) > 1e-5, name
         assert drop(changed) == drop(plain), name
     assert np.isfinite(keep(tall))
+    nearly_clean = losses(ForcingConfig(same_level_clips=0.0, clean_clips=1.0, clean_blocks=1.0))
+    assert nearly_clean(plain) == 0.0  # context for others, and nothing to learn
 
 
 def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
