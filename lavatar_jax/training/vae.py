@@ -30,6 +30,7 @@ COLOUR_CELL = 8  # pixels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
+    square: float = 0.0  # L2 of pixels beside their L1: what PSNR measures; for the last part of a training
     gradient: float = 0.5  # L1 of differences between neighbouring pixels: sharp edges
     colour: float = 1.0  # L1 of opponent colours of 8 x 8 pixel means
     temporal: float = 0.5  # L1 of differences between neighbouring frames: blinks, lips, no flicker
@@ -61,9 +62,10 @@ def reconstruction_loss(
     weight: Float[Array, "B T H W 1"],
     config: VAELossConfig,
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted L1 of pixels, of their differences to the neighbours in space, and of those in time."""
+    """Weighted L1 (and L2) of pixels, L1 of their differences to the neighbours in space, and in time."""
     error = output - video
     pixel = weighted_mean(jnp.abs(error), weight)
+    square = weighted_mean(jnp.square(error), weight)
     down = weighted_mean(jnp.abs(error[:, :, 1:] - error[:, :, :-1]), weight[:, :, 1:])
     right = weighted_mean(jnp.abs(error[:, :, :, 1:] - error[:, :, :, :-1]), weight[:, :, :, 1:])
     later = weighted_mean(jnp.abs(error[:, 1:] - error[:, :-1]), weight[:, 1:])
@@ -72,7 +74,8 @@ def reconstruction_loss(
         batch, frames, height // COLOUR_CELL, COLOUR_CELL, width // COLOUR_CELL, COLOUR_CELL, 3
     )
     colour = jnp.mean(jnp.abs(cells.mean(axis=(3, 5)) @ OPPONENT))
-    loss = pixel + config.gradient * (down + right) + config.temporal * later + config.colour * colour
+    loss = pixel + config.square * square + config.gradient * (down + right)
+    loss = loss + config.temporal * later + config.colour * colour
     psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(0.5 * error)))
     return loss, {"l1": pixel, "temporal_l1": later, "colour": colour, "psnr": psnr}
 

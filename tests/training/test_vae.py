@@ -54,6 +54,15 @@ def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
     assert shapes == {(4, 3, 16, 16, 3), (2, 5, 32, 32, 3)}
 
 
+def test_squares_count_in_proportion():
+    video, weight = jnp.zeros((1, 2, 8, 8, 3)), jnp.ones((1, 2, 8, 8, 1))
+    plain, half = (
+        float(reconstruction_loss(video + 0.5, video, weight, VAELossConfig(square=square))[0])
+        for square in (0.0, 2.0)
+    )
+    assert half - plain == pytest.approx(2.0 * 0.5**2)
+
+
 def test_the_loss_falls_on_a_fixed_batch(data: ClipsConfig):
     batch = next(clip_batches(data))
     params, merge = split_model(make_vae(MODEL, rngs=nnx.Rngs(0)))
