@@ -77,7 +77,7 @@ class Page:
             raise PageError(f"{expression}: {json.dumps(answer['exceptionDetails'])[:500]}")
         return answer["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 15.0) -> Any:
+    def wait(self, condition: str, seconds: float = 30.0) -> Any:
         """Until an expression is true; its value."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

@@ -112,7 +112,7 @@ class Puppets:
         self.server: Server = make_server(create_app(host, settings), settings)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
-        wait_for(lambda: self.server.started)
+        wait_for(lambda: self.server.started and self.sessions.ready)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx2.Client(base_url=self.url, timeout=20.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -66,6 +67,27 @@ def watch_mouth(page: Page, seconds: float) -> tuple[float, float]:
 def no_overflow(page: Page) -> bool:
     """Nothing has to be scrolled sideways."""
     return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+# Keeps what is said in the status, and that the avatar speaks: either may pass before anybody looks.
+NOTE = """
+window.noted = [];
+for (const element of [document.getElementById("status"), document.getElementById("screen")])
+  new MutationObserver(() => {
+    window.noted.push(document.getElementById("status").textContent);
+    if ("speaking" in document.getElementById("screen").dataset) window.noted.push("(speaks)");
+  }).observe(element, { attributes: true, childList: true, characterData: true, subtree: true });
+"""
+
+
+def note(page: Page) -> None:
+    """From now on, `noted` finds what passes quickly."""
+    page.evaluate(NOTE)
+
+
+def noted(words: str) -> str:
+    """An expression: whether the status said this at any time, or "(speaks)", since `note`."""
+    return f"window.noted.includes({json.dumps(words)})"
 
 
 # At each repaint: how old the stamped frame is that is shown, in milliseconds.
