@@ -188,7 +188,8 @@ def test_sound_of_nans() -> None:
 
 def test_a_burst_of_creations(tmp_path) -> None:
     """Each of a thousand is answered; only as many get in as there is room for, others are not disturbed."""
-    with serving(tmp_path, slots=2, limits={"creations_per_minute": 600, "creations_burst": 50}) as served:
+    limits = {"creations_per_minute": 600, "creations_burst": 50}
+    with serving(tmp_path, slots=2, reconnect=600.0, limits=limits) as served:
         first = served.open()
         answers = [served.client.post("/v1/sessions", json={}) for _ in range(1000)]
         kinds = {answer.status_code for answer in answers}

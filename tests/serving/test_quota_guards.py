@@ -16,6 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("aiortc")
 
 from lavatar_jax.serving import services, tts
+from lavatar_jax.serving.app import FORM_BYTES
 from lavatar_jax.serving.errors import ApiError
 from lavatar_jax.serving.voice import Voice
 from tests.serving.conftest import Served, serving, wait_for, wav
@@ -93,6 +94,15 @@ def test_uploads_of_sound_are_bounded(tmp_path: Path) -> None:
         answer = session.request("POST", "/speak", files={"audio": ("a.wav", wav(1.5))})
         assert answer.status_code == 413
         assert "recording is longer" in answer.json()["error"]["message"]
+
+
+def test_bodies_with_sound_are_bounded(tmp_path: Path) -> None:
+    with serving(tmp_path, limits={"sound_bytes": 1000}) as served:
+        session = served.open()
+        assert len(wav(3.0)) > 1000 + FORM_BYTES
+        for seconds, status in ((1.0, 202), (3.0, 413)):
+            answer = session.request("POST", "/speak", files={"audio": ("a.wav", wav(seconds))})
+            assert answer.status_code == status
 
 
 def test_a_service_that_speaks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
