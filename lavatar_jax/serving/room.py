@@ -101,6 +101,7 @@ class Room:
         self._started = time.monotonic()
         self._first_frame_ms: float | None = None
         self._silence_to_speech_ms: float | None = None
+        self._spoke_at = 0.0
         self._completing = threading.Lock()
         self._speaking_until: float | None = None
         self._sent_at: deque[float] = deque(maxlen=2 * fps)
@@ -228,11 +229,13 @@ class Room:
         self._sent_at.append(now)
         if self._first_frame_ms is None:
             self._first_frame_ms = round(1e3 * (now - self.session.stats.opened), 1)
-        if sent.moment.speech is not None:
+        # A second sentence that came with the first had to wait for it: that is no silence.
+        if sent.moment.speech is not None and sent.moment.speech > self._spoke_at:
             wait = now - sent.moment.speech
             self._metrics.silence_to_speech.observe(wait)
             self._silence_to_speech_ms = round(1e3 * wait, 1)
         if sent.moment.loud:
+            self._spoke_at = now
             if self._speaking_until is None:
                 self.tell({"type": "agent.speech_started", "time": round(sent.time, 3)})
             self._speaking_until = sent.time + SPEECH_ENDS

@@ -42,7 +42,7 @@ class FakeSession:
         with self._lock:
             if self.reason is not None:
                 raise UserError("the session is closed")
-            self._arrived = self._arrived if len(self.sound) else time.monotonic()
+            self._arrived = time.monotonic()
             self.sound = np.concatenate([self.sound, samples])
         return len(samples)
 

@@ -17,6 +17,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("aiortc")
 
 import av
+import soundfile
 from starlette.websockets import WebSocketDisconnect
 
 from lavatar_jax.serving import recording
@@ -158,12 +159,16 @@ def test_the_wait_for_speech_ends_when_its_first_frame_is_sent(served: Served) -
     watching = SimpleNamespace(show=lambda sending: sent.append((time.monotonic(), sending.moment)))
     served.call(session.room.playout.viewers.append, watching)
     begin = time.monotonic()
-    session.request("POST", "/speak", files={"audio": ("a", wav(1.0))})
+    file = io.BytesIO()  # two sentences: that the second one has to wait for the first is not counted
+    soundfile.write(file, np.concatenate([TONE, 0 * TONE, TONE]), 16_000, format="WAV")
+    session.request("POST", "/speak", files={"audio": ("a", file.getvalue())})
     told = wait_for(lambda: session.request("GET").json()["stats"]["silence_to_speech_ms"])
     first, moment = next((at, moment) for at, moment in sent if moment and moment.loud)
     assert begin < moment.speech < first
     assert told == pytest.approx(1e3 * (first - moment.speech), abs=20)
-    assert [moment.speech for _, moment in sent if moment and moment.speech] == [moment.speech]
+    wait_for(lambda: len([moment for _, moment in sent if moment and moment.speech]) == 2)
+    assert session.request("GET").json()["stats"]["silence_to_speech_ms"] == told
+    assert "\nlavatar_silence_to_speech_seconds_count 1.0\n" in served.client.get("/metrics").text
 
 
 def test_the_microphone_is_echoed_unless_it_should_not(served: Served) -> None:
