@@ -59,11 +59,19 @@ class ShardSource:
     `text_len`, `text_dim`: of the DiT; the shape of the text states in a batch. Records without states of
     their own get them from the words of their captions.
     `skipped_log`: a file that gets a line for every record that cannot be read (`skipped.SkippedLog`).
+    `held_out`: so many records, the last ones, are in no bucket, so that no batch has them; as an attribute,
+    their numbers.
     Raises UserError where the folder is missing, foreign, unfinished, or without records.
     """
 
     def __init__(
-        self, folder: str | Path, *, text_len: int, text_dim: int, skipped_log: str | Path | None = None
+        self,
+        folder: str | Path,
+        *,
+        text_len: int,
+        text_dim: int,
+        skipped_log: str | Path | None = None,
+        held_out: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.dataset = read_dataset(folder)
@@ -86,8 +94,13 @@ class ShardSource:
             )
         number = {shard: i for i, shard in enumerate(self.shards)}
         self._place = [(number[row["shard"]], row["offset"]) for row in rows]
-        self.buckets = _buckets(rows)
-        self._bucket = np.zeros(len(rows), np.int64)
+        if not 0 <= held_out < len(rows):
+            raise UserError(f"{folder} has {len(rows)} records: {held_out} cannot be held out of training")
+        training = len(rows) - held_out
+        self.held_out = range(training, len(rows))
+        self.buckets = _buckets(rows[:training])
+        self._shapes = [_batched(row["shapes"]) for row in rows]
+        self._bucket = np.zeros(training, np.int64)
         for i, bucket in enumerate(self.buckets):
             self._bucket[bucket.records] = i
         self.skipped_log = SkippedLog(skipped_log)
@@ -125,7 +138,7 @@ class ShardSource:
             record = decode_record(self._reader(shard).read([offset])[0])
             if record["id"] != self.ids[number]:
                 raise ValueError(f"holds {record['id']}, not {self.ids[number]} as the manifest says")
-            if _batched(shapes(record)) != self.buckets[self._bucket[number]].shapes:
+            if _batched(shapes(record)) != self._shapes[number]:
                 raise ValueError("its shapes are not those of the manifest")
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             reason = " ".join(str(error).split())

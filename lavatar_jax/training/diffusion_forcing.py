@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from lavatar_jax.config import DiTConfig
+from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
 from lavatar_jax.evaluation.flops import clip_flops, step_flops
 from lavatar_jax.models import rope as rp
@@ -22,6 +22,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.samples import SamplesConfig, make_evaluator, make_sampler
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 
@@ -58,6 +59,8 @@ class DiTRun(Run):
     data: LatentsConfig
     loss: ForcingConfig
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)  # of the samples
     clip: tuple[int, int, int] = (12, 16, 16)
 
     def make(self, rngs: nnx.Rngs) -> CausalDiT:
@@ -194,15 +197,17 @@ def make_loss(
 def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     mesh, train = train_mesh(config.mesh), config.train
-    source, batches = open_training(config.data, train, Path(config.out))
+    samples = config.samples
+    source, batches = open_training(config.data, train, Path(config.out), held_out=samples.records)
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
     optimizer = make_optimizer(
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
     )
     size = source.buckets[0].latent_size
     merge = compute_in(weights.merge, train.precision)
+    loss = make_loss(merge, config.model, config.loss, remat=train.remat)
     step_fn = make_train_step(
-        make_loss(merge, config.model, config.loss, remat=train.remat),
+        loss,
         optimizer,
         train.ema_decay,
         config.optim.clip,
@@ -211,4 +216,18 @@ def train_dit(config: DiTRun) -> TrainState:
     )
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     flops = train.batch * step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
-    return fit_run(config, step_fn, state, weights.frozen, batches, mesh, flops=flops)
+    sample = make_sampler(
+        source, config.sampling, config.data.vae, lambda state: merge(state.average, weights.frozen)
+    )
+    return fit_run(
+        config,
+        step_fn,
+        state,
+        weights.frozen,
+        batches,
+        mesh,
+        flops=flops,
+        evaluate=make_evaluator(source, loss, weights.frozen),
+        sample=sample,
+        sample_every=samples.every,
+    )

@@ -31,6 +31,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.samples import SamplesConfig, make_sampler
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import Params, split_model
@@ -59,6 +60,7 @@ class DistillRun(Run):
     distill: DistillConfig
     critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)  # its clip is `optim`'s
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     clip: tuple[int, int, int] = (12, 16, 16)  # latent frames, rows, columns that a plan is made for
 
     def make(self, rngs: nnx.Rngs) -> CausalDiT:
@@ -161,7 +163,8 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
 def train_distill(config: DistillRun) -> DistillState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
-    source, batches = open_training(config.data, train, Path(config.out))
+    samples = config.samples
+    source, batches = open_training(config.data, train, Path(config.out), held_out=samples.records)
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)
     step_fn, optimizers = make_step(config, params, rewards)
@@ -176,4 +179,18 @@ def train_distill(config: DistillRun) -> DistillState:
     )
     frozen = {"params": base, "rewards": [reward.arrays for reward in rewards]}
     flops = train.batch * sample_flops(config, source.buckets[0].latent_size)
-    return fit_run(config, step_fn, state, frozen, batches, mesh, flops=flops)
+    student = make_roles(config).student
+    sample = make_sampler(
+        source, config.sampling, config.data.vae, lambda state: student(state.average, base)
+    )
+    return fit_run(
+        config,
+        step_fn,
+        state,
+        frozen,
+        batches,
+        mesh,
+        flops=flops,
+        sample=sample,
+        sample_every=samples.every,
+    )

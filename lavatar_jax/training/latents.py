@@ -178,22 +178,29 @@ def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig)
         )
 
 
-def open_latents(config: LatentsConfig, *, skipped_log: str | Path | None = None) -> ShardSource:
+def open_latents(
+    config: LatentsConfig, *, skipped_log: str | Path | None = None, held_out: int = 0
+) -> ShardSource:
     """The encoded clips as `record_batches` takes them. Raises UserError when there are none."""
     return ShardSource(
-        config.folder, text_len=config.text_len, text_dim=config.text_dim, skipped_log=skipped_log
+        config.folder,
+        text_len=config.text_len,
+        text_dim=config.text_dim,
+        skipped_log=skipped_log,
+        held_out=held_out,
     )
 
 
 def open_training(
-    data: LatentsConfig, train: LoopConfig, out: Path
+    data: LatentsConfig, train: LoopConfig, out: Path, *, held_out: int = 0
 ) -> tuple[ShardSource, grain.DatasetIterator]:
     """Encode clips if needed -> (all records, this process's share of endless batches). Raises UserError.
 
-    Records that cannot be read are named in a file of the run's folder `out`.
+    Records that cannot be read are named in a file of the run's folder `out`. No batch has the last
+    `held_out` records.
     """
     first_process_only(lambda: prepare_latents(data))
-    source = open_latents(data, skipped_log=out / "skipped_records.jsonl")
+    source = open_latents(data, skipped_log=out / "skipped_records.jsonl", held_out=held_out)
     batches = record_batches(
         source,
         batch=train.batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def fit(
     mesh: Mesh | None = None,
     evaluate: Callable[[State], dict[str, float]] | None = None,
     sample: Callable[[State, Path], None] | None = None,
+    sample_every: float = 0.0,
     flops: float | None = None,
     stop_at: int | None = None,
 ) -> State:
@@ -104,6 +106,7 @@ def fit(
         mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
         evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best.
         sample: writes pictures or videos of a state into a folder, for the report.
+        sample_every: seconds of training from one sample to the checkpoint that takes the next.
         flops: of a step on all devices, for the MFU.
 
     Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, and
@@ -122,10 +125,10 @@ def fit(
     run = Bookkeeping(config, int(state.step), float(state.seconds), flops, mesh)
     agree = Agreement(mesh)
     pending: Flight | None = None
-    saved_step = -1
+    saved_step, sampled_at = -1, -math.inf
 
     def save() -> None:
-        nonlocal saved_step
+        nonlocal saved_step, sampled_at
         saved_step = run.step
         with jax.transfer_guard("allow"), sharded_training(None), run.paused():
             whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
@@ -134,7 +137,8 @@ def fit(
             if numbers is not None:
                 run.log.evaluation(run.step, run.seconds, numbers)
             checkpoints.save(whole, batches.get_state(), numbers)
-            if sample is not None:
+            if sample is not None and (run.done >= 1.0 or run.seconds >= sampled_at + sample_every):
+                sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
                 sample(whole, folder)

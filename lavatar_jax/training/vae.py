@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ from jaxtyping import Array, Float
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpack
+from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, first_process_only, fit_run
+from lavatar_jax.training.samples import SamplesConfig, save_moving_picture
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
 from lavatar_jax.training.weights import initial_weights
 
@@ -47,6 +51,7 @@ class VAERun(Run):
     model: VAEConfig
     data: ClipsConfig
     loss: VAELossConfig
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
     def make(self, rngs: nnx.Rngs) -> CausalVAE:
         return make_vae(self.model, rngs=rngs)
@@ -130,6 +135,27 @@ def gentle_start(params: Params, latent_channels: int, key: Array) -> Params:
     return {name: change(index, name, value) for index, (name, value) in enumerate(params.items())}
 
 
+def make_sampler(
+    config: VAERun, model_of: Callable[[TrainState], CausalVAE]
+) -> Callable[[TrainState, Path], None] | None:
+    """`sample` of `loop.fit`: faces of other clips than those of the training, and what the VAE keeps."""
+    count, data = config.samples.records, config.data
+    if not count or jax.process_count() > 1:
+        return None
+    key = jax.random.fold_in(jax.random.key(data.seed), count)
+    render = jax.jit(lambda key: random_training_frames(key, count, data.frames, data.size)[0])
+    rebuild = jax.jit(lambda vae, video: vae.decode(vae.encode(video)))
+
+    def sample(state: TrainState, folder: Path) -> None:
+        video, vae = render(key), model_of(state)
+        for index in range(count):
+            one = video[index : index + 1]
+            pair = np.concatenate([np.asarray(one), np.asarray(rebuild(vae, one))], axis=3)
+            save_moving_picture(pair[0], folder / f"face{index}.webp")
+
+    return sample
+
+
 def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`."""
     mesh, train = train_mesh(config.mesh), config.train
@@ -150,4 +176,14 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     )
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     batches = clip_batches(config.data)
-    return fit_run(config, step_fn, state, weights.frozen, batches, mesh, stop_at=stop_at)
+    return fit_run(
+        config,
+        step_fn,
+        state,
+        weights.frozen,
+        batches,
+        mesh,
+        sample=make_sampler(config, lambda state: weights.merge(state.average, weights.frozen)),
+        sample_every=config.samples.every,
+        stop_at=stop_at,
+    )

@@ -44,6 +44,18 @@ def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_samples_are_taken_at_intervals_and_at_the_end(tmp_path: Path):
+    step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+    config = LoopConfig(steps=5, batch=BATCH, checkpoint_seconds=0.0)
+    taken: list[str] = []
+
+    def sample(state: Any, folder: Path) -> None:
+        taken.append(folder.name)
+
+    fit(step_fn, state, frozen, Batches(), config, tmp_path, sample=sample, sample_every=1e6)
+    assert taken == ["00000001", "00000005"]
+
+
 def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     step_fn, state, frozen = begin(mesh)

@@ -1,0 +1,118 @@
+"""What a run shows of itself: records that it never trains on, beside what its model makes of their sound."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from lavatar_jax.config import SamplingConfig
+from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.evaluation.sheet import to_uint8
+from lavatar_jax.inference.rollout import rollout
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training.latents import load_vae
+from lavatar_jax.training.state import LossFn, Params
+from lavatar_jax.types import BlockInput, Conditions
+
+FRAME = 40  # milliseconds
+SCALE = 2
+DRAWS = 8  # of noise and its levels, for each record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """`records`: so many, the last of the data, are not trained on but shown in the report; 0: none.
+    `every`: seconds of training between two looks, at the checkpoint that follows."""
+
+    records: int = 0
+    every: float = 900.0
+
+
+def stream_record(
+    model: CausalDiT, row: Mapping[str, np.ndarray], sampling: SamplingConfig
+) -> Float[Array, "F H W C"]:
+    """The latents that a model streams to the sound of a record (a row of `ShardSource`), in whole blocks."""
+    blocks = len(row["latent"]) // model.config.block_frames
+    sound = row["audio"].shape[-1] // blocks  # frames a block
+    one = {name: jnp.asarray(row[name])[None] for name in ("text", "reference", "audio")}
+    past = jnp.asarray(row["motion"])[None] if "motion" in row else None
+    conditions = Conditions(text=one["text"], reference=one["reference"], motion=past, still=one["reference"])
+    inputs = (BlockInput(one["audio"][..., i * sound : (i + 1) * sound]) for i in range(blocks))
+    made = [block.latent for block in rollout(model, None, conditions, inputs, sampling)]
+    return jnp.concatenate(made, axis=1)[0]
+
+
+def make_sampler(
+    source: ShardSource, sampling: SamplingConfig, vae_run: str, model_of: Callable[[Any], CausalDiT]
+) -> Callable[[Any, Path], None] | None:
+    """`sample` of `loop.fit`: a moving picture for each held-out record, the truth left, the model's right.
+
+    `model_of(state)`: the network to look at. None where there is nothing to show, or several processes share
+    the state. Raises UserError without a VAE.
+    """
+    if not source.held_out or jax.process_count() > 1:
+        return None
+    vae = load_vae(vae_run)[1]
+    decode = jax.jit(lambda vae, latents: jnp.clip(vae.decode(latents), -1, 1))
+
+    def frames(row: Mapping[str, np.ndarray], latent: Any) -> np.ndarray:
+        # The causal VAE makes one frame of the first latent: the photo's, which is cut off.
+        whole = jnp.concatenate([row["reference"], latent]) * source.std + source.mean
+        return np.asarray(decode(vae, whole[None]))[0, 1:]
+
+    def sample(state: Any, folder: Path) -> None:
+        model = model_of(state)
+        for number in source.held_out:
+            try:
+                row = source[number]
+            except CorruptRecordError as error:
+                source.skipped_log.add(source.ids[number], str(error))
+                continue
+            made = stream_record(model, row, sampling)
+            pair = [frames(row, latent) for latent in (row["latent"][: len(made)], made)]
+            save_moving_picture(np.concatenate(pair, axis=2), folder / f"{source.ids[number]}.webp")
+
+    return sample
+
+
+def make_evaluator(
+    source: ShardSource, loss_fn: LossFn, frozen: Params
+) -> Callable[[Any], dict[str, float]] | None:
+    """`evaluate` of `loop.fit`: the averaged weights' loss on the held-out records, as `held_out_` and the
+    names of the loss's metrics. The noise is the same each time, so that numbers of one run compare."""
+    if not source.held_out:
+        return None
+    losses = jax.jit(lambda params, frozen, row, key: loss_fn(params, frozen, row, key)[1])
+
+    def evaluate(state: Any) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for number in source.held_out:
+            try:
+                row = {name: value[None] for name, value in source[number].items()}
+            except CorruptRecordError as error:
+                source.skipped_log.add(source.ids[number], str(error))
+                continue
+            for draw in range(DRAWS):
+                for name, value in losses(state.average, frozen, row, jax.random.key(draw)).items():
+                    found.setdefault(f"held_out_{name}", []).append(float(value))
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    return evaluate
+
+
+def save_moving_picture(video: Float[np.ndarray, "T H W 3"], path: Path) -> None:
+    """An animated WebP of a video in [-1, 1], never half a file."""
+    pictures = [Image.fromarray(frame) for frame in to_uint8(video)]
+    first, *rest = (p.resize((SCALE * p.width, SCALE * p.height), Image.Resampling.BICUBIC) for p in pictures)
+    temporary = path.with_name(path.name + ".part")
+    first.save(temporary, format="WebP", save_all=True, append_images=rest, duration=FRAME, loop=0)
+    os.replace(temporary, path)
