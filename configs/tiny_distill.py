@@ -8,6 +8,7 @@ from lavatar_jax.training.dynaforcing import DynaConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 
@@ -17,6 +18,7 @@ def get_config() -> DistillRun:
         init="runs/dit",
         model=MODEL,
         data=LatentsConfig(),
+        samples=SamplesConfig(records=3),
         sampling=SAMPLING,
         # The sampler's last step starts at noise level 0.009: a student that leaves there learns nothing.
         rollout=SelfForcingConfig(transition="euler", shift=3.0, exit_weights=(1.0, 1.0, 1.0, 0.0)),

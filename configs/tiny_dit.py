@@ -5,12 +5,13 @@ from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.samples import SamplesConfig
 
 MODEL = DiTConfig(
-    layers=6,
-    width=224,
-    heads=7,
-    ffn_width=672,
+    layers=5,
+    width=288,
+    heads=9,
+    ffn_width=864,
     latent_channels=16,
     patch=4,
     text_dim=64,
@@ -35,7 +36,9 @@ SAMPLING = SamplingConfig(
 def get_config() -> DiTRun:
     return DiTRun(
         model=MODEL,
-        data=LatentsConfig(),
-        loss=ForcingConfig(),
-        train=LoopConfig(seconds=3600, learning_rate=1e-3, batch=8, ema_decay=0.995, checkpoint_seconds=180),
+        data=LatentsConfig(clips=1700),
+        samples=SamplesConfig(records=3),
+        sampling=SAMPLING,
+        loss=ForcingConfig(audio_dropout=0.05, sink_dropout=0.05),
+        train=LoopConfig(seconds=3000, learning_rate=2e-3, batch=8, ema_decay=0.995, checkpoint_seconds=180),
     )

@@ -3,6 +3,7 @@
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.vae import VAELossConfig, VAERun
 
 
@@ -20,7 +21,8 @@ def get_config() -> VAERun:
             latent_mean=(0.0,) * 16,
             latent_std=(1.0,) * 16,
         ),
-        data=ClipsConfig(),
-        loss=VAELossConfig(kl=4e-4, latent_noise=0.05),
-        train=LoopConfig(seconds=1800, learning_rate=4e-3, batch=4, ema_decay=0.995, checkpoint_seconds=120),
+        samples=SamplesConfig(records=3),
+        data=ClipsConfig(clips=1400, crop_frames=25, crops=2),
+        loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),
+        train=LoopConfig(seconds=7200, learning_rate=4e-3, batch=4, ema_decay=0.99, checkpoint_seconds=120),
     )
