@@ -32,8 +32,9 @@ from lavatar_jax.serving.watermark import Watermark
 
 log = logging.getLogger(__name__)
 NOWHERE = ApiError(401, "unauthorized", "The token is missing or wrong, or the session has ended.")
-# Of the time, for the model at most, by the time that a block takes alone. Sessions overlap on several cores, which
-# leaves room for enlarging, marking and encoding: two of 37% each lost no frame on 2 cores, three had blocks held.
+# Of the time, for the model at most, by the time that a block takes alone. Sessions overlap on several cores,
+# which leaves room for enlarging, marking and encoding: on 2 cores two of 37% each lost no frame, three had
+# blocks held.
 LOAD = 0.8
 BUSY = ApiError(503, "busy", "Every place is taken; try again in a moment.", retry_after=5)
 
