@@ -211,6 +211,8 @@ def main() -> None:
     config = avatar.config
     cold = end_to_end(avatar, 2.0)
     warm = end_to_end(avatar, arguments.seconds)
+    # Before PyTorch is loaded, whose memory would count: the peak is that of the whole process.
+    peaks = memory_over(avatar, arguments.minutes) if arguments.minutes else []
     times = parts(avatar)
     step = step_against_torch(avatar)
     budget = config.dit.block_frames * config.vae.temporal_factor / config.fps * 1e3
@@ -229,7 +231,6 @@ def main() -> None:
     else:
         jax_ms, torch_ms, ratio = step["jax_ms"], step["torch_ms"], step["ratio"]
         print(f"  {'one DiT step':22s} {jax_ms:8.2f} ms; PyTorch {torch_ms:.2f} ms; ratio {ratio:.2f}")
-    peaks = memory_over(avatar, arguments.minutes) if arguments.minutes else []
     if peaks:
         after = f"{peaks[-1]:.0f} MB after {len(peaks)} ({peaks[-1] / peaks[0] - 1:+.1%})"
         print(f"  {'peak memory':22s} {peaks[0]:8.0f} MB after 1 minute, {after}")
