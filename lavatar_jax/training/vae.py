@@ -142,7 +142,7 @@ def make_sampler(
     count, data = config.samples.records, config.data
     if not count or jax.process_count() > 1:
         return None
-    key = jax.random.fold_in(jax.random.key(data.seed), count)
+    key = jax.random.fold_in(jax.random.key(data.seed), data.clips)  # where no chunk of `render_clips` begins
     render = jax.jit(lambda key: random_training_frames(key, count, data.frames, data.size)[0])
     rebuild = jax.jit(lambda vae, video: vae.decode(vae.encode(video)))
 
