@@ -7,6 +7,7 @@ from lavatar_jax.training.dynaforcing import DynaConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.ode_init import OdeRun
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 
@@ -16,6 +17,7 @@ def get_config() -> OdeRun:
         init="runs/dit",
         model=MODEL,
         data=LatentsConfig(),
+        samples=SamplesConfig(records=3),
         sampling=SAMPLING,
         rollout=SelfForcingConfig(),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),

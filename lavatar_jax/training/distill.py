@@ -31,7 +31,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run
-from lavatar_jax.training.samples import SamplesConfig, make_sampler
+from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import Params, split_model
@@ -60,7 +60,6 @@ class DistillRun(Run):
     distill: DistillConfig
     critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)  # its clip is `optim`'s
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     clip: tuple[int, int, int] = (12, 16, 16)  # latent frames, rows, columns that a plan is made for
 
     def make(self, rngs: nnx.Rngs) -> CausalDiT:
@@ -163,8 +162,7 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
 def train_distill(config: DistillRun) -> DistillState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
-    samples = config.samples
-    source, batches = open_training(config.data, train, Path(config.out), held_out=samples.records)
+    source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)
     step_fn, optimizers = make_step(config, params, rewards)
@@ -192,5 +190,4 @@ def train_distill(config: DistillRun) -> DistillState:
         mesh,
         flops=flops,
         sample=sample,
-        sample_every=samples.every,
     )

@@ -1,4 +1,4 @@
-"""Several processes that train one model: joining, agreeing on numbers, and ending when one is lost."""
+"""Several processes that train one model: joining, taking turns, agreeing, and ending when one is lost."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -110,3 +111,11 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def first_process_only(prepare: Callable[[], Any]) -> None:
+    """Prepare files that all processes will read; the others wait."""
+    if jax.process_index() == 0:
+        prepare()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared")

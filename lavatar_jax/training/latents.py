@@ -30,8 +30,8 @@ from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_r
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
+from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.loop import LoopConfig
-from lavatar_jax.training.run import first_process_only
 from lavatar_jax.training.state import split_model
 
 STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel

@@ -24,6 +24,7 @@ from lavatar_jax.training.dmd import guide
 from lavatar_jax.training.latents import open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.run import fit_run
+from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step
 
@@ -100,11 +101,12 @@ def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
 def train_ode(config: OdeRun) -> TrainState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
-    _, batches = open_training(config.data, train, Path(config.out))
+    source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)
+    roles = make_roles(config)
     step_fn = make_train_step(
-        make_ode_loss(config, make_roles(config)),
+        make_ode_loss(config, roles),
         optimizer,
         train.ema_decay,
         config.optim.clip,
@@ -112,4 +114,14 @@ def train_ode(config: OdeRun) -> TrainState:
         spike=train.spike,
     )
     state = create_state(params, optimizer, train.seed, mesh=mesh)
-    return fit_run(config, step_fn, state, frozen, batches, mesh)
+    return fit_run(
+        config,
+        step_fn,
+        state,
+        frozen,
+        batches,
+        mesh,
+        sample=make_sampler(
+            source, config.sampling, config.data.vae, lambda state: roles.student(state.average, frozen)
+        ),
+    )

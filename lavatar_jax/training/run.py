@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
@@ -18,6 +15,7 @@ from lavatar_jax.training.distributed import DistributedConfig
 from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import LoopConfig, State, StepFn, fit
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.samples import SamplesConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,7 @@ class Run:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
@@ -56,13 +55,6 @@ def fit_run(
         log=run.log,
         optim_schedule=run.optim.schedule,
         mesh=mesh,
+        sample_every=run.samples.every,
         **options,
     )
-
-
-def first_process_only(prepare: Callable[[], Any]) -> None:
-    """Prepare files that all processes will read; the others wait."""
-    if jax.process_index() == 0:
-        prepare()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared")

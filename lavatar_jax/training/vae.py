@@ -17,10 +17,11 @@ from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpa
 from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import train_mesh
+from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, first_process_only, fit_run
-from lavatar_jax.training.samples import SamplesConfig, save_moving_picture
+from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.samples import save_moving_picture
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
 from lavatar_jax.training.weights import initial_weights
 
@@ -51,7 +52,6 @@ class VAERun(Run):
     model: VAEConfig
     data: ClipsConfig
     loss: VAELossConfig
-    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
 
     def make(self, rngs: nnx.Rngs) -> CausalVAE:
         return make_vae(self.model, rngs=rngs)
@@ -184,6 +184,5 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
         batches,
         mesh,
         sample=make_sampler(config, lambda state: weights.merge(state.average, weights.frozen)),
-        sample_every=config.samples.every,
         stop_at=stop_at,
     )

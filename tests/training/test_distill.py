@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import save_params
@@ -17,6 +19,7 @@ from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
 from lavatar_jax.parallel import train_mesh
+from lavatar_jax.training import samples
 from lavatar_jax.training.distill import (
     DistillRun,
     make_roles,
@@ -29,14 +32,18 @@ from lavatar_jax.training.distill import (
 from lavatar_jax.training.distill_step import DistillConfig, create_distill_state
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward
-from lavatar_jax.training.latents import LatentsConfig, latent_statistics
+from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.ode_init import OdeRun, train_ode
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.report import SAMPLES
+from lavatar_jax.training.samples import SamplesConfig, stream_record
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import split_model
 from lavatar_jax.training.weights import LoraConfig, abstract_weights
 from tests.tiny import random_dit
+from tests.training.painted import PaintedVAE
 from tools.package_model import SAMPLING as SHIPPED_SAMPLING
 from train import load_config
 
@@ -107,6 +114,32 @@ def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: Disti
     )
     assert lines[-1]["dmd_gradient_norm"] > 0
     np.testing.assert_allclose(state.rewards.weight, 1 - 0.98**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["distill", "ode"])
+def test_the_report_shows_what_the_student_says(
+    run: DistillRun, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "load_vae", lambda run: (None, PaintedVAE()))
+    train = dataclasses.replace(run.train, steps=2)
+    run = dataclasses.replace(run, samples=SamplesConfig(records=2), train=train)
+    shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    state: Any = train_distill(run) if stage == "distill" else train_ode(OdeRun(**shared))
+    shown = sorted((Path(run.out) / SAMPLES).rglob("*.webp"))
+    assert [path.name for path in shown] == ["4.webp", "5.webp"] * (len(shown) // 2)
+    assert shown
+
+    # The right half is the averaged student's, streamed as it will be sampled.
+    _, merge = split_model(random_dit(MODEL))
+    source = open_latents(run.data, held_out=2)
+    row = source[5]
+    latent = np.asarray(stream_record(merge(state.average), row, run.sampling))
+    wanted = (latent[-1, ..., :3] * source.std[:3] + source.mean[:3]) / 10.0
+    wanted = np.clip(wanted.repeat(8, axis=0).repeat(8, axis=1) * 127.5 + 128.0, 0, 255)
+    with Image.open(shown[-1]) as picture:
+        picture.seek(picture.n_frames - 1)
+        right = np.asarray(picture.convert("RGB"), np.float32)[1::2, 1::2][:, 32:]
+    assert np.abs(right - wanted)[4::8, 4::8].mean() < 8  # WebP is not exact
 
 
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:

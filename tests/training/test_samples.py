@@ -16,6 +16,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.training import samples
 from lavatar_jax.training.samples import make_evaluator, make_sampler, stream_record
 from tests.tiny import random_dit, tiny_config
+from tests.training.painted import PaintedVAE
 
 MODEL = tiny_config(use_motion=False, use_pose=False)
 SAMPLING = SamplingConfig(motion=False, steps=2)
@@ -60,18 +61,9 @@ def test_held_out_records_are_in_no_batch_and_can_be_read(folder: Path) -> None:
         open_source(folder, CLIPS)
 
 
-class PaintedVAE:
-    """Shows the first channels of a latent as colours; frame 0 is one frame, each other latent four."""
-
-    def decode(self, latents: jax.Array) -> jax.Array:
-        picture = latents[..., :3].repeat(8, axis=2).repeat(8, axis=3) / 10.0
-        return jax.numpy.concatenate([picture[:, :1], picture[:, 1:].repeat(4, axis=1)], axis=1)
-
-
 def test_a_sample_is_the_truth_beside_what_the_model_says(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jax.tree_util.register_static(PaintedVAE)
     monkeypatch.setattr(samples, "load_vae", lambda run: (None, PaintedVAE()))
     source, model = open_source(folder, 1), random_dit(MODEL)
     asked: list[Any] = []

@@ -5,18 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig, clip_batches
+from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.models.vae import make_vae
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import create_state, make_train_step, split_model
 from lavatar_jax.training.vae import (
     VAELossConfig,
     VAERun,
     gentle_start,
     make_loss,
+    make_sampler,
     reconstruction_loss,
     train_vae,
 )
@@ -96,6 +100,32 @@ def test_a_wrong_mouth_costs_more_than_a_wrong_wall():
     at_mouth, _ = reconstruction_loss(video.at[:, :, :4].set(0.1), video, weight, config)
     at_wall, _ = reconstruction_loss(video.at[:, :, 4:].set(0.1), video, weight, config)
     assert float(at_mouth) == pytest.approx(4 * float(at_wall), rel=1e-5)
+
+
+def test_the_report_shows_faces_beside_what_the_vae_keeps_of_them(data: ClipsConfig, tmp_path: Path):
+    run = VAERun(
+        out="unused",
+        model=MODEL,
+        data=data,
+        loss=VAELossConfig(),
+        samples=SamplesConfig(records=2),
+        train=LoopConfig(steps=1),
+    )
+    nothing = VAERun(out="unused", model=MODEL, data=data, loss=VAELossConfig(), train=LoopConfig(steps=1))
+    assert make_sampler(nothing, lambda state: state) is None
+    sample = make_sampler(run, lambda state: state)
+    assert sample is not None
+    sample(make_vae(MODEL, rngs=nnx.Rngs(0)), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["face0.webp", "face1.webp"]
+    key = jax.random.fold_in(jax.random.key(data.seed), data.clips)
+    faces = random_training_frames(key, 2, data.frames, data.size)[0]
+    for index in range(2):
+        with Image.open(tmp_path / f"face{index}.webp") as picture:
+            assert picture.size == (4 * 32, 2 * 32)
+            shown = np.asarray(picture.convert("RGB"), np.float32)[::2, ::2] / 127.5 - 1.0
+        truth = np.asarray(faces[index, 0])
+        errors = [np.abs(half - truth).mean() for half in (shown[:, :32], shown[:, 32:])]
+        assert errors[0] < 0.1 < errors[1]  # a VAE that never trained keeps nothing
 
 
 def test_an_interrupted_run_goes_on_exactly(data: ClipsConfig, tmp_path: Path):
