@@ -20,8 +20,7 @@ def get_config() -> DistillRun:
         data=LatentsConfig(),
         samples=SamplesConfig(records=3),
         sampling=SAMPLING,
-        # The sampler's last step starts at noise level 0.009: a student that leaves there learns nothing.
-        rollout=SelfForcingConfig(transition="euler", shift=3.0, exit_weights=(1.0, 1.0, 1.0, 0.0)),
+        rollout=SelfForcingConfig(transition="euler", shift=3.0),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
         loss=DMDConfig(shift=3.0, guidance=0.5),
         # Lip-sync holds on to real clips: some samples start from noised ones, and are pulled towards them.

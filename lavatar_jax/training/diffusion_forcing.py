@@ -22,7 +22,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run
-from lavatar_jax.training.samples import SamplesConfig, make_evaluator, make_sampler
+from lavatar_jax.training.samples import make_evaluator, make_sampler
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 
@@ -36,6 +36,8 @@ class ForcingConfig:
     clean_blocks: float = 0.5  # share of the blocks of such a clip
     clean_sigma: float = 0.05  # a nearly clean block's highest noise level; what is below is not learned
     same_level_clips: float = 0.3  # share with one level for all blocks, as the streaming cache has it
+    sampled_levels: tuple[float, ...] = ()  # noise levels at which the sampler asks the network
+    sampled_clips: float = 0.0  # share with one of those levels for all blocks
     sink_dropout: float = 0.1  # share of the steps without the reference
     other_reference: float = 0.25  # share with a latent frame of the clip instead of the photo's
     reference_noise: float = 0.1  # highest noise level of the reference, which may be a generated latent
@@ -45,6 +47,10 @@ class ForcingConfig:
     motion_dropout: float = 0.1  # share of the steps without the motion scaffold, for models that have one
     pose_dropout: float = 0.1
     mouth_weight: float = 3.0  # loss weight where the mouth is
+
+    def __post_init__(self) -> None:
+        if self.sampled_clips and not self.sampled_levels:
+            raise ValueError("sampled_clips needs sampled_levels: the noise levels to draw from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,6 @@ class DiTRun(Run):
     data: LatentsConfig
     loss: ForcingConfig
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)  # of the samples
     clip: tuple[int, int, int] = (12, 16, 16)
 
@@ -68,15 +73,25 @@ class DiTRun(Run):
 
 
 def draw_sigmas(key: Array, batch: int, blocks: int, config: ForcingConfig) -> Float[Array, "B K"]:
-    """Noise level of every block: independent; equal in some clips; in others with nearly clean blocks."""
-    level, kind, which, clean, same = jax.random.split(key, 5)
+    """Noise level of every block: independent; equal in some clips; in others with nearly clean blocks.
+
+    A sampler of few steps only ever asks at few levels, the same for all blocks of its cache. Clips at just
+    these levels (`sampled_clips`) spend a small network on what it will be asked.
+    """
+    level, kind, which, clean, same, asked = jax.random.split(key, 6)
     sigma = jax.random.uniform(level, (batch, blocks))
     kind = jax.random.uniform(kind, (batch, 1))
     one = jax.random.uniform(same, (batch, 1))
     sigma = shift_sigma(jnp.where(kind < config.same_level_clips, one, sigma), config.shift)
     has_clean = kind > 1.0 - config.clean_clips
     cleaned = jax.random.uniform(which, sigma.shape) < config.clean_blocks
-    return jnp.where(has_clean & cleaned, config.clean_sigma * jax.random.uniform(clean, sigma.shape), sigma)
+    sigma = jnp.where(has_clean & cleaned, config.clean_sigma * jax.random.uniform(clean, sigma.shape), sigma)
+    if not config.sampled_clips:
+        return sigma
+    share, choice = jax.random.split(asked)
+    sampled = jax.random.uniform(share, (batch, 1)) < config.sampled_clips
+    levels = jnp.asarray(config.sampled_levels, sigma.dtype)
+    return jnp.where(sampled, jax.random.choice(choice, levels, (batch, 1)), sigma)
 
 
 def draw_reference(
@@ -197,8 +212,7 @@ def make_loss(
 def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     mesh, train = train_mesh(config.mesh), config.train
-    samples = config.samples
-    source, batches = open_training(config.data, train, Path(config.out), held_out=samples.records)
+    source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
     optimizer = make_optimizer(
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
@@ -229,5 +243,4 @@ def train_dit(config: DiTRun) -> TrainState:
         flops=flops,
         evaluate=make_evaluator(source, loss, weights.frozen),
         sample=sample,
-        sample_every=samples.every,
     )

@@ -11,6 +11,7 @@ from lavatar_jax.data.loader import record_batches
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.diffusion_forcing import (
     STACKED,
@@ -27,6 +28,7 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.state import create_state, make_train_step, split_model
 from tests.tiny import normal, random_dit, tiny_config
+from train import load_config
 
 MODEL = DiTConfig(
     layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
@@ -94,6 +96,24 @@ def test_noise_levels_are_of_the_three_kinds():
     assert abs(clean.mean() - 0.25) < 0.03
     # Independent levels, shifted towards noise: the median of 3 u / (1 + 2 u) is 0.75.
     assert abs(np.median(sigma[~same & ~clean]) - 0.75) < 0.02
+
+
+def test_a_share_of_clips_has_one_of_the_samplers_levels():
+    config = ForcingConfig(
+        sampled_clips=0.6, sampled_levels=(1.0, 0.75), same_level_clips=0.0, clean_clips=0.0
+    )
+    sigma = np.asarray(draw_sigmas(jax.random.key(0), 4000, 4, config))
+    shares = [np.mean((sigma == level).all(axis=1)) for level in (1.0, 0.75)]
+    np.testing.assert_allclose(shares, [0.3, 0.3], atol=0.03)
+    assert np.mean(np.ptp(sigma, axis=1) > 0) == pytest.approx(1.0 - sum(shares))
+    with pytest.raises(ValueError, match="sampled_levels"):
+        ForcingConfig(sampled_clips=0.5)
+
+
+def test_the_small_model_trains_at_the_levels_it_is_sampled_at():
+    run = load_config("configs/tiny_dit.py")
+    assert isinstance(run, DiTRun)
+    np.testing.assert_array_equal(run.loss.sampled_levels, schedule(run.sampling).sigmas[:-1])
 
 
 def test_the_reference_is_the_photo_or_a_frame_of_the_clip():
