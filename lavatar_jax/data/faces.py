@@ -76,7 +76,7 @@ def random_motion(key: Array, frames: int, blink_probability: float = 0.35) -> M
     since = jnp.arange(frames) - centre
     lid = jnp.clip(1.3 - jnp.where(since < 0, -since / 2.0, since / 3.0), 0.0, 1.0)
     blink = jnp.where(uniform(keys[6]) < blink_probability, lid, 0.0)
-    sway = uniform(keys[7], (), minval=0.1, maxval=1.3)
+    sway = uniform(keys[7], (), minval=0.1, maxval=2.6)
     gaze = jnp.where(uniform(keys[8]) < 0.5, uniform(keys[9], (2,), minval=-0.8, maxval=0.8), 0.0)
     return Motion(
         mouth_open=mouth_open, mouth_width=mouth_width, smile=smile, blink=blink,

@@ -1,7 +1,8 @@
 """From speech to the `Motion` of a face: the ground truth that the small model learns.
 
 The mouth follows the sound within the context window of the audio features (`LogMelConfig`: at most 2 video
-frames ahead), so it can be predicted from them; blinks, gaze and sway are random and cannot.
+frames ahead), so it can be predicted from them. So can most of the head's motion: people nod and turn with
+what they stress. Blinks, gaze and the rest of the sway are random and cannot.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ CENTROID_MIDDLE, CENTROID_RANGE = 3.2, 2.4
 SMILES = {"neutral": "with a neutral face", "smiling": "smiling"}
 HEAD_MOTIONS = {"still": "keeping the head still", "normal": "", "lively": "moving the head a lot"}
 SMILE_LEVEL = {"neutral": 0.0, "smiling": 0.9}
-SWAY_LEVEL = {"still": 0.12, "normal": 0.6, "lively": 1.4}
+SWAY_LEVEL = {"still": 0.15, "normal": 0.8, "lively": 2.0}
 BLINKS_PER_MINUTE = 17.0
+
+# The head follows the voice like a damped spring, after about 3 frames: it nods with openness and turns with
+# width. Middle and deviation of both responses over the corpus make the two alike in strength.
+RESPONSE_FRAMES = 2.0
+NOD_MIDDLE, NOD_SPREAD = 0.3, 0.19
+TURN_MIDDLE, TURN_SPREAD = 0.54, 0.11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +127,32 @@ def gaze_track(random: np.random.Generator, frames: int) -> Floats:
     return gaze
 
 
+def head_response(track: Floats) -> Floats:
+    """What the head makes of a track [frames] of the voice: only of what was said, and slower than the mouth.
+
+    The impulse response is that of a critically damped spring, `t exp(-t / RESPONSE_FRAMES)`.
+    """
+    times = np.arange(1, 12 * RESPONSE_FRAMES)
+    spring = times * np.exp(-times / RESPONSE_FRAMES)
+    whole = np.pad(track, (len(spring) - 1, 0), mode="edge")
+    return np.convolve(whole, spring / spring.sum(), mode="valid").astype(np.float32)
+
+
 def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -> Motion:
     """The motion of a person whose mouth moves as given by `mouth_from_speech`: fields [frames].
 
-    Everything else is random, deterministic by seed.
+    The head follows the voice too (three quarters of its variance); everything else is random, deterministic
+    by seed.
     """
     frames = len(openness)
     random = np.random.default_rng([seed, 23])
     sway = SWAY_LEVEL[manner.head]
     blink, gaze = blink_track(random, frames), gaze_track(random, frames)
+    nod = (head_response(openness) - NOD_MIDDLE) / NOD_SPREAD
+    turn = (head_response(width) - TURN_MIDDLE) / TURN_SPREAD
 
-    def drift(slow: float, fast: float) -> Floats:
-        return 0.85 * _smooth_noise(random, frames, slow) + 0.5 * _smooth_noise(random, frames, fast)
+    def moved(voice: Floats) -> Floats:
+        return sway * (0.85 * voice + 0.5 * _smooth_noise(random, frames, 20.0))
 
     smile = SMILE_LEVEL[manner.smile] + 0.06 * _smooth_noise(random, frames, 12.0)
     fields = {
@@ -142,8 +163,8 @@ def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -
         "gaze_x": gaze[:, 0],
         "gaze_y": gaze[:, 1],
         "brow": np.clip(0.35 * _smooth_noise(random, frames, 9.0), -1.0, 1.0),
-        "head_x": np.clip(sway * 0.024 * drift(22.0, 8.0), -0.085, 0.085),
-        "head_y": np.clip(sway * 0.012 * drift(18.0, 7.0), -0.045, 0.045),
-        "roll": np.clip(sway * 0.035 * drift(25.0, 9.0), -0.12, 0.12),
+        "head_x": np.clip(0.020 * moved(turn), -0.09, 0.09),
+        "head_y": np.clip(0.016 * moved(nod), -0.05, 0.05),
+        "roll": np.clip(0.035 * moved((nod + turn) / 1.7), -0.13, 0.13),
     }
     return Motion(**{name: jnp.asarray(values, jnp.float32) for name, values in fields.items()})

@@ -1,6 +1,14 @@
 import numpy as np
+import pytest
 
-from lavatar_jax.data.motion import MANNERS, Manner, blink_track, mouth_from_speech, talking_motion
+from lavatar_jax.data.motion import (
+    MANNERS,
+    Manner,
+    blink_track,
+    head_response,
+    mouth_from_speech,
+    talking_motion,
+)
 from lavatar_jax.evaluation.metrics import blinks_per_minute, head_deviation
 
 
@@ -41,6 +49,28 @@ def test_mouth_looks_at_most_two_frames_ahead_and_one_back():
 def test_blinks_are_as_frequent_as_people_blink():
     tracks = [blink_track(np.random.default_rng(seed), 1500) for seed in range(40)]
     assert 15 < np.mean([blinks_per_minute(track) for track in tracks]) < 19
+
+
+def test_the_head_follows_the_voice_after_it():
+    """An impulse moves the head at its own frame at the earliest, most strongly some frames later."""
+    track = np.zeros(40, np.float32)
+    track[10] = 1.0
+    response = head_response(track)
+    assert np.all(response[:10] == 0.0)
+    assert 1 <= np.argmax(response) - 10 <= 3
+    assert response.sum() == pytest.approx(1.0, abs=1e-3)
+    np.testing.assert_allclose(head_response(np.full(9, 0.4, np.float32)), 0.4, rtol=1e-5)
+
+    random = np.random.default_rng(0)
+    openness, width = random.random((2, 400)).astype(np.float32)
+    nods = [
+        np.corrcoef(talking_motion(openness, width, Manner(head=head), seed).head_y, head_response(openness))[
+            0, 1
+        ]
+        for seed in range(8)
+        for head in ("still", "normal", "lively")
+    ]
+    assert 0.6 < np.mean(nods) < 0.98
 
 
 def test_manners_differ_in_caption_and_movement():
