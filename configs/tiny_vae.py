@@ -6,21 +6,23 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.vae import VAELossConfig, VAERun
 
+MODEL = VAEConfig(
+    kind="wan22",
+    width=16,
+    decoder_width=24,
+    multipliers=(1, 2, 4),
+    res_blocks=1,
+    temporal_downsample=(True, True),
+    latent_channels=16,
+    patch=2,
+    latent_mean=(0.0,) * 16,
+    latent_std=(1.0,) * 16,
+)
+
 
 def get_config() -> VAERun:
     return VAERun(
-        model=VAEConfig(
-            kind="wan22",
-            width=16,
-            decoder_width=24,
-            multipliers=(1, 2, 4),
-            res_blocks=1,
-            temporal_downsample=(True, True),
-            latent_channels=16,
-            patch=2,
-            latent_mean=(0.0,) * 16,
-            latent_std=(1.0,) * 16,
-        ),
+        model=MODEL,
         samples=SamplesConfig(records=3),
         data=ClipsConfig(clips=1400, crop_frames=25, crops=2),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),

@@ -7,25 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.tiny_dit import SAMPLING
-from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
-from lavatar_jax.config import DiTConfig
 from lavatar_jax.data.shards import read_dataset
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
-from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
+from lavatar_jax.training.decoder import load_dit
 from lavatar_jax.training.latents import LatentsConfig, load_vae
-from lavatar_jax.training.state import split_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,17 +37,15 @@ def package(arguments: Arguments) -> Path:
         raise UserError(f"{arguments.dit} is not a run of stage 1: {path} is missing")
     run = json.loads(path.read_text())
     data = config_from_dict(LatentsConfig, run["data"])
-    dit_config = config_from_dict(DiTConfig, run["model"])
     statistics = read_dataset(data.folder)
 
     vae_config, vae = load_vae(arguments.vae)
     vae_config = dataclasses.replace(vae_config, latent_mean=statistics.mean, latent_std=statistics.std)
-    _, merge = split_model(jax.eval_shape(lambda: CausalDiT(dit_config, rngs=nnx.Rngs(0))))
-    dit = merge({name: jnp.asarray(value) for name, value in read_average(Path(arguments.dit)).items()})
+    dit = load_dit(arguments.dit)
     config = AvatarConfig(
         name=arguments.name,
         image_size=data.size,
-        dit=dit_config,
+        dit=dit.config,
         vae=vae_config,
         sampling=SAMPLING,
         log_mel=LogMelConfig(),

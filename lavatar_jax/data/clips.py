@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import grain
@@ -46,7 +47,15 @@ def render_clips(config: ClipsConfig, chunk: int = 20) -> Path:
     A chunk of clips depends on its number and the seed only, so an interrupted call goes on where it was.
     """
     folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    side = config.size // WEIGHT_STRIDE
+    kept = ClipArrays(
+        folder,
+        config.clips,
+        {
+            "video": ((config.frames, config.size, config.size, 3), np.uint8),
+            "weight": ((config.frames, side, side), np.uint8),
+        },
+    )
 
     @jax.jit
     def render(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,31 +63,45 @@ def render_clips(config: ClipsConfig, chunk: int = 20) -> Path:
         weight = weight[:, :, ::WEIGHT_STRIDE, ::WEIGHT_STRIDE, 0] / WEIGHT_STEP
         return jnp.round((video + 1) * 127.5).astype(jnp.uint8), jnp.round(weight).astype(jnp.uint8)
 
-    shape = (config.clips, config.frames, config.size, config.size, 3)
-    small = (*shape[:2], config.size // WEIGHT_STRIDE, config.size // WEIGHT_STRIDE)
-    video, weight = _array(folder / "video.npy", shape), _array(folder / "weight.npy", small)
-    done_file = folder / "done.txt"
-    done = int(done_file.read_text()) if done_file.exists() else 0
-    for start in track(range(done, config.clips, chunk), description="rendering clips"):
+    for start in track(range(kept.done, config.clips, chunk), description="rendering clips"):
         rendered = render(jax.random.fold_in(jax.random.key(config.seed), start))
         stop = min(start + chunk, config.clips)
-        video[start:stop], weight[start:stop] = (np.asarray(x)[: stop - start] for x in rendered)
-        video.flush()
-        weight.flush()
-        temporary = done_file.with_suffix(".tmp")
-        temporary.write_text(str(stop))
-        os.replace(temporary, done_file)
+        for name, values in zip(("video", "weight"), rendered, strict=True):
+            kept.arrays[name][start:stop] = np.asarray(values)[: stop - start]
+        kept.finish(stop)
     return folder
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """The byte array in a file, made when it is missing or of another shape."""
-    if path.exists():
-        array = np.load(path, mmap_mode="r+")
-        if array.shape == shape:
-            return array
-        path.with_name("done.txt").unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+class ClipArrays:
+    """Arrays in a folder, one row for each clip, that are filled in order by calls that may be killed.
+
+    `sizes`: shape of a row and type, by name. `done`: rows that are finished. A file of another shape is made
+    anew, and all of them filled again.
+    """
+
+    def __init__(
+        self, folder: Path, rows: int, sizes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "done.txt"
+        self.arrays: dict[str, np.memmap] = {}
+        for name, (shape, dtype) in sizes.items():
+            path, whole = folder / f"{name}.npy", (rows, *shape)
+            if path.exists() and (found := np.load(path, mmap_mode="r+")).shape == whole:
+                self.arrays[name] = found
+                continue
+            self._file.unlink(missing_ok=True)
+            self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=whole)
+        self.done = int(self._file.read_text()) if self._file.exists() else 0
+
+    def finish(self, rows: int) -> None:
+        """Everything before row `rows` is filled."""
+        for array in self.arrays.values():
+            array.flush()
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(str(rows))
+        os.replace(temporary, self._file)
+        self.done = rows
 
 
 class ClipSource:

@@ -19,6 +19,11 @@ def train(config: Any) -> None:
     if isinstance(config, DiTRun):
         train_dit(config)
         return
+    from lavatar_jax.training.decoder import DecoderRun, train_decoder
+
+    if isinstance(config, DecoderRun):
+        train_decoder(config)
+        return
     from lavatar_jax.training.distill import DistillRun, train_distill
     from lavatar_jax.training.ode_init import OdeRun, train_ode
 
@@ -26,6 +31,6 @@ def train(config: Any) -> None:
         train_ode(config)
         return
     if not isinstance(config, DistillRun):
-        kinds = "a VAERun, a DiTRun, an OdeRun or a DistillRun"
+        kinds = "a VAERun, a DiTRun, an OdeRun, a DistillRun or a DecoderRun"
         raise UserError(f"get_config() must return {kinds}, not a {type(config).__name__}")
     train_distill(config)

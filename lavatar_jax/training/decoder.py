@@ -1,0 +1,223 @@
+"""After the last stage of the transformer: the decoder learns to draw what the transformer predicts.
+
+Predicted latents are not the encoder's: they are a little wrong everywhere, which a decoder that never saw
+such latents shows as blotches. Here it sees what the sampler's last step makes of noised true clips, beside
+the true frames. The encoder stays, so that the latents keep their meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from rich.progress import track
+
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.store import config_from_dict
+from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
+from lavatar_jax.data.clips import WEIGHT_STEP, WEIGHT_STRIDE, ClipArrays, unpack
+from lavatar_jax.data.faces import attention_map
+from lavatar_jax.data.talking_clips import sample_clip
+from lavatar_jax.diffusion import TIMESTEPS, add_noise, v_to_x0
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.denoise import schedule
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.vae import CausalVAE, make_vae
+from lavatar_jax.parallel import train_mesh
+from lavatar_jax.training.distributed import first_process_only
+from lavatar_jax.training.latents import LatentsConfig, open_latents
+from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.precision import compute_in
+from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow
+from lavatar_jax.training.state import (
+    LossFn,
+    Merge,
+    Params,
+    TrainState,
+    create_state,
+    make_train_step,
+    split_model,
+)
+from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
+from lavatar_jax.training.weights import initial_weights
+
+CHUNK = 10  # clips that one forward predicts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictionsConfig:
+    """Predicted latents of rendered clips on disk, and how batches are cut from them."""
+
+    folder: str = "runs/predictions"
+    clips: int = 600  # the first of the records
+    batch: int = 8
+    cells: int = 8  # latent rows and columns of a window
+    truth: float = 0.3  # share of the windows with the encoder's latents instead of predicted ones
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderRun(Run):
+    """Everything that `train.py` can set. `init`: the VAE run that `data` was encoded with; `dit`: a run of
+    stage 1 or 2 whose predictions are drawn."""
+
+    out: str = "runs/decoder"
+    init: str | None = "runs/vae"
+    dit: str = "runs/distill"
+    model: VAEConfig
+    data: LatentsConfig
+    predictions: PredictionsConfig
+    sampling: SamplingConfig
+    loss: VAELossConfig
+
+    def make(self, rngs: nnx.Rngs) -> CausalVAE:
+        return make_vae(self.model, rngs=rngs)
+
+
+def load_dit(run: str | Path) -> CausalDiT:
+    """The averaged transformer of a run of stage 1 or 2. Raises UserError."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
+    config = config_from_dict(DiTConfig, json.loads(path.read_text())["model"])
+    _, merge = split_model(jax.eval_shape(lambda: CausalDiT(config, rngs=nnx.Rngs(0))))
+    return merge({name: jnp.asarray(value) for name, value in read_average(Path(run)).items()})
+
+
+def predict_clips(
+    dit: CausalDiT, batch: Batch, noise: Float[Array, "B F H W C"], sigma: float
+) -> Float[Array, "B F H W C"]:
+    """What the network takes for the clean latents of true clips that were noised to one level."""
+    truth = batch["latent"]
+    flow = make_flow(dit, batch, ScoreConfig(kind="causal"))
+    noisy = add_noise(truth, noise, sigma)
+    return v_to_x0(noisy, flow(noisy, jnp.full(truth.shape[:2], TIMESTEPS * sigma)), sigma)
+
+
+def prepare_predictions(config: DecoderRun) -> None:
+    """Predict and render what is missing; may be killed and repeated. Raises UserError.
+
+    Writes `latent.npy` float16 [N, 2, F, h, w, Z], predicted and true, as the decoder takes them, with the
+    latents before the clip in front; `video.npy` and `weight.npy` as `data.clips.render_clips`.
+    """
+    source, given = open_latents(config.data), config.predictions
+    if given.clips > len(source):
+        raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
+    if any(not name.startswith("train-") for name in source.ids[: given.clips]):
+        raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
+    size, past = config.data.size, (config.data.motion_frames - 1) // 4 + 1
+    frames, height, width = source.buckets[0].latent_size
+    small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
+    kept = ClipArrays(
+        Path(given.folder),
+        given.clips,
+        {
+            "latent": ((2, past + frames, height, width, config.model.latent_channels), np.float16),
+            "video": ((config.data.video_frames, size, size, 3), np.uint8),
+            "weight": (small, np.uint8),
+        },
+    )
+    if kept.done >= given.clips:
+        return
+    dit, sigma = load_dit(config.dit), float(schedule(config.sampling).sigmas[-2])
+    predict = jax.jit(functools.partial(predict_clips, sigma=sigma))
+    look = jax.jit(lambda identity, motion: attention_map(identity, motion, size))
+    for start in track(range(kept.done, given.clips, CHUNK), description="predicting clips"):
+        stop = min(start + CHUNK, given.clips)
+        # Always of one size, so that nothing is compiled twice.
+        batch = source.read_batch(np.minimum(np.arange(start, start + CHUNK), given.clips - 1))
+        key = jax.random.fold_in(jax.random.key(given.seed), start)
+        predicted = predict(dit, batch, jax.random.normal(key, batch["latent"].shape))
+        pair = np.stack([np.asarray(predicted), batch["latent"]], axis=1)
+        front = np.repeat(batch["motion"][:, None], 2, axis=1)
+        latent = np.concatenate([front, pair], axis=2) * source.std + source.mean
+        kept.arrays["latent"][start:stop] = latent[: stop - start]
+        for index in range(start, stop):
+            number = int(source.ids[index].removeprefix("train-"))
+            clip = sample_clip(
+                number, config.data.video_frames, size, "train", speech=Path(config.data.speech)
+            )
+            weight = look(clip.identity, clip.motion)[:, ::WEIGHT_STRIDE, ::WEIGHT_STRIDE, 0]
+            kept.arrays["video"][index] = np.round((clip.video + 1) * 127.5)
+            kept.arrays["weight"][index] = np.round(np.asarray(weight) / WEIGHT_STEP)
+        kept.finish(stop)
+
+
+class PredictionSource:
+    """Random access to a folder of `prepare_predictions` (a grain data source)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        names = ("latent", "video", "weight")
+        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names}
+
+    def __len__(self) -> int:
+        return len(self.arrays["video"])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+def random_window(
+    clip: dict[str, np.ndarray], rng: np.random.Generator, *, past: int, cells: int, truth: float
+) -> dict[str, np.ndarray]:
+    """A block as large as the clip's `past` latents before it, both latents, and the block's own frames."""
+    latent = clip["latent"][int(rng.random() < truth)]
+    block = int(rng.integers(1, len(latent) // past)) * past
+    # Latent 0 is one frame, every other one four.
+    shown = slice(4 * block - 3, 4 * (block + past) - 3)
+    top, left = (int(rng.integers(0, side - cells + 1)) for side in latent.shape[1:3])
+    pixels = clip["video"].shape[1] // latent.shape[1]
+    result = {"latent": latent[block - past : block + past, top : top + cells, left : left + cells]}
+    for name, scale in (("video", pixels), ("weight", pixels // WEIGHT_STRIDE)):
+        rows, columns = (slice(scale * first, scale * (first + cells)) for first in (top, left))
+        result[name] = clip[name][shown, rows, columns]
+    return {name: np.ascontiguousarray(array) for name, array in result.items()}
+
+
+def window_batches(config: PredictionsConfig, past: int) -> grain.DatasetIterator:
+    """Endless batches of windows: `latent` [B, 2 past, c, c, Z], `video` and `weight` as `data.clips`."""
+    cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth)
+    clips = grain.MapDataset.source(PredictionSource(config.folder)).seed(config.seed).shuffle()
+    return iter(clips.repeat(1_000_000).random_map(cut).to_iter_dataset().batch(config.batch))
+
+
+def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
+    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `window_batches`."""
+
+    def loss_fn(
+        params: Params, frozen: Params, batch: dict[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        model: CausalVAE = merge(params, frozen)
+        video, weight = unpack(batch)
+        drawn = model.decode(batch["latent"].astype(jnp.float32))
+        return reconstruction_loss(drawn[:, -video.shape[1] :], video, weight, config)
+
+    return loss_fn
+
+
+def train_decoder(config: DecoderRun) -> TrainState:
+    """Predict clips if needed, then train (or go on with) the decoder in `config.out`. Raises UserError."""
+    mesh, train = train_mesh(config.mesh), config.train
+    first_process_only(lambda: prepare_predictions(config))
+    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed)
+    optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
+    step_fn = make_train_step(
+        make_loss(compute_in(weights.merge, train.precision), config.loss),
+        optimizer,
+        train.ema_decay,
+        config.optim.clip,
+        accumulate=train.accumulate,
+        spike=train.spike,
+    )
+    state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    batches = window_batches(config.predictions, (config.data.motion_frames - 1) // 4 + 1)
+    return fit_run(config, step_fn, state, weights.frozen, batches, mesh)

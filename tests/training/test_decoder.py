@@ -1,0 +1,176 @@
+"""The decoder learns on what the transformer predicts, in step with the true frames."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
+from lavatar_jax.data.speech import write_wav
+from lavatar_jax.data.talking_clips import sample_clip
+from lavatar_jax.errors import UserError
+from lavatar_jax.models.logmel import LogMelConfig
+from lavatar_jax.models.vae import make_vae
+from lavatar_jax.training import decoder, latents
+from lavatar_jax.training.decoder import (
+    DecoderRun,
+    PredictionsConfig,
+    load_dit,
+    predict_clips,
+    prepare_predictions,
+    random_window,
+    train_decoder,
+    window_batches,
+)
+from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.state import param_paths
+from lavatar_jax.training.vae import VAELossConfig
+from tests.tiny import random_dit
+
+VAE = VAEConfig(
+    kind="wan22", width=4, multipliers=(1, 1, 1), res_blocks=1, temporal_downsample=(True, True), patch=2,
+    latent_channels=3, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3,
+)  # fmt: skip
+DIT = DiTConfig(
+    layers=2, width=16, heads=2, ffn_width=16, latent_channels=3, patch=2, text_dim=4, text_len=6, freq_dim=8,
+    audio_dim=LogMelConfig().dim, audio_layers=1, audio_tokens=2, inject_layers=(0,), use_motion=False,
+    use_pose=False,
+)  # fmt: skip
+SAMPLING = SamplingConfig(motion=False, steps=2, doubly_shifted=False)  # the last step begins at 0.75
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderRun:
+    """Untrained networks, noise for speech, and pictures of 32 pixels."""
+    noise = np.random.default_rng(0).normal(scale=0.1, size=3 * 16_000).astype(np.float32)
+    (tmp_path / "speech" / "train").mkdir(parents=True)
+    write_wav(tmp_path / "speech" / "train" / "00000.wav", noise)
+    vae = jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))()
+    monkeypatch.setattr(latents, "load_vae", lambda run: (VAE, vae))
+    monkeypatch.setattr(decoder, "load_dit", lambda run: random_dit(DIT))
+    data = LatentsConfig(
+        folder=str(tmp_path / "latents"), speech=str(tmp_path / "speech"), clips=5, blocks=1, motion_frames=9,
+        size=32, text_len=6, text_dim=4,
+    )  # fmt: skip
+    prepare_latents(data)
+    return DecoderRun(
+        out=str(tmp_path / "decoder"),
+        init=None,
+        model=VAE,
+        data=data,
+        predictions=PredictionsConfig(folder=str(tmp_path / "predictions"), clips=3, batch=2, cells=2),
+        sampling=SAMPLING,
+        loss=VAELossConfig(),
+        optim=OptimConfig(kind="adamw"),
+        train=LoopConfig(steps=2, learning_rate=1e-2),
+    )
+
+
+def test_a_window_shows_the_frames_of_its_last_latents() -> None:
+    """Latent l >= 1 is the frames 4 l - 3 .. 4 l; a cell is 8 x 8 pixels, or 2 x 2 weights."""
+    past, count, cells = 3, 9, 4
+    latent = np.zeros((2, count, cells, cells, 3), np.float32)
+    latent[..., 0] = np.arange(count)[None, :, None, None]
+    latent[..., 1] = np.arange(cells * cells).reshape(cells, cells)
+    latent[1, ..., 2] = 1.0  # the true ones
+    frames = np.zeros((4 * count - 3, cells, cells, 2), np.uint8)
+    frames[..., 0] = (np.arange(4 * count - 3)[:, None, None] + 3) // 4
+    frames[..., 1] = np.arange(cells * cells).reshape(cells, cells)
+    clip = {
+        "latent": latent,
+        "video": frames.repeat(8, axis=1).repeat(8, axis=2),
+        "weight": frames.repeat(2, axis=1).repeat(2, axis=2)[..., 1],
+    }
+    random, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        window = random_window(clip, random, past=past, cells=2, truth=0.25)
+        assert window["latent"].shape == (2 * past, 2, 2, 3)
+        np.testing.assert_array_equal(window["video"][::4, ::8, ::8], window["latent"][past:, :, :, :2])
+        np.testing.assert_array_equal(window["weight"][::4, ::2, ::2], window["latent"][past:, :, :, 1])
+        seen.add((*window["latent"][0, 0, 0], 0))
+    assert {place[0] for place in seen} == {0.0, 3.0}  # where windows begin
+    assert {place[1] for place in seen} == {float(4 * y + x) for y in range(3) for x in range(3)}
+    assert {place[2] for place in seen} == {0.0, 1.0}
+
+
+def test_predictions_lie_on_the_networks_line_through_the_noised_truth(run: DecoderRun) -> None:
+    source, dit = open_latents(run.data), random_dit(DIT)
+    batch = source.read_batch(np.arange(2))
+    noise = np.random.default_rng(1).normal(size=batch["latent"].shape).astype(np.float32)
+    guess = jax.jit(lambda noise, sigma: predict_clips(dit, batch, noise, sigma))
+    near, far = (np.asarray(guess(jnp.asarray(noise), sigma)) for sigma in (1e-4, 0.75))
+    np.testing.assert_allclose(near, batch["latent"], atol=1e-2)
+    assert np.abs(far - batch["latent"]).mean() > 0.3  # this network has learned nothing
+
+
+def test_an_interrupted_preparation_goes_on_with_frames_and_latents_in_step(
+    run: DecoderRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "CHUNK", 2)
+    prepare_predictions(run)
+    folder = Path(run.predictions.folder)
+    names = ("latent", "video", "weight")
+    whole = {name: np.load(folder / f"{name}.npy") for name in names}
+    source = open_latents(run.data)
+    for index in range(3):
+        record = source.record(index)
+        true = np.concatenate([record["motion"], record["latent"]]).astype(np.float32)
+        np.testing.assert_allclose(whole["latent"][index, 1], true, atol=2e-2)
+        np.testing.assert_allclose(whole["latent"][index, 0, :3], true[:3], atol=2e-2)
+        assert np.abs(whole["latent"][index, 0, 3:] - true[3:]).mean() > 0.1
+        clip = sample_clip(index, 21, 32, "train", speech=Path(run.data.speech))
+        np.testing.assert_allclose(whole["video"][index], (clip.video + 1) * 127.5, atol=0.51)
+
+    made: list[int] = []
+    sample = decoder.sample_clip
+
+    def interrupted(index: int, *args: object, **kwargs: object) -> object:
+        made.append(index)
+        if made == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return sample(index, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "sample_clip", interrupted)
+    again = dataclasses.replace(
+        run, predictions=dataclasses.replace(run.predictions, folder=str(folder) + "2")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prepare_predictions(again)
+    prepare_predictions(again)
+    prepare_predictions(again)
+    assert made == [0, 1, 2, 2]
+    for name in names:
+        np.testing.assert_array_equal(np.load(Path(f"{folder}2") / f"{name}.npy"), whole[name])
+
+
+def test_only_the_decoder_learns(run: DecoderRun) -> None:
+    state = train_decoder(run)
+    assert int(state.step) == 2
+    first = param_paths(jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))())
+    moved = {name for name in first if not np.array_equal(state.params[name], first[name])}
+    assert moved
+    assert all(name.startswith(("decoder", "post_quant")) for name in moved)
+    assert read_average(Path(run.out)).keys() == first.keys()
+    shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3)).items()}
+    assert shapes == {"latent": (2, 6, 2, 2, 3), "video": (2, 12, 16, 16, 3), "weight": (2, 12, 4, 4)}
+
+
+def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) -> None:
+    many = dataclasses.replace(run, predictions=dataclasses.replace(run.predictions, clips=6))
+    with pytest.raises(UserError, match="5 records"):
+        prepare_predictions(many)
+    with pytest.raises(UserError, match=r"not a run of stage 1 or 2.*config\.json is missing"):
+        load_dit(tmp_path)
+    manifest = Path(run.data.folder) / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps({**row, "id": f"clip{i}"}) + "\n" for i, row in enumerate(rows)))
+    with pytest.raises(UserError, match="not rendered"):
+        prepare_predictions(run)
