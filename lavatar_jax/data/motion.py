@@ -150,9 +150,10 @@ def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -
     blink, gaze = blink_track(random, frames), gaze_track(random, frames)
     nod = (head_response(openness) - NOD_MIDDLE) / NOD_SPREAD
     turn = (head_response(width) - TURN_MIDDLE) / TURN_SPREAD
+    lean = np.asarray((nod + turn) / 1.7, np.float32)
 
     def moved(voice: Floats) -> Floats:
-        return sway * (0.85 * voice + 0.5 * _smooth_noise(random, frames, 20.0))
+        return np.asarray(sway * (0.85 * voice + 0.5 * _smooth_noise(random, frames, 20.0)), np.float32)
 
     smile = SMILE_LEVEL[manner.smile] + 0.06 * _smooth_noise(random, frames, 12.0)
     fields = {
@@ -165,6 +166,6 @@ def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -
         "brow": np.clip(0.35 * _smooth_noise(random, frames, 9.0), -1.0, 1.0),
         "head_x": np.clip(0.020 * moved(turn), -0.09, 0.09),
         "head_y": np.clip(0.016 * moved(nod), -0.05, 0.05),
-        "roll": np.clip(0.035 * moved((nod + turn) / 1.7), -0.13, 0.13),
+        "roll": np.clip(0.035 * moved(lean), -0.13, 0.13),
     }
     return Motion(**{name: jnp.asarray(values, jnp.float32) for name, values in fields.items()})
