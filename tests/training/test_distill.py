@@ -234,8 +234,9 @@ def test_flops_of_a_step_count_turns_exits_and_judges() -> None:
 def test_exits_that_do_not_fit_the_sampler_are_a_clear_error() -> None:
     run = load_run("tiny_distill")
     fewer = dataclasses.replace(run.sampling, steps=2)
+    early = dataclasses.replace(run.rollout, exit_weights=(1.0, 1.0, 1.0, 0.0))
     with pytest.raises(UserError, match="sampler's 2 steps"):
-        sampler_rollout(run.rollout, fewer)
+        sampler_rollout(early, fewer)
     assert sampler_rollout(dataclasses.replace(run.rollout, exit_weights=(1.0, 0.0)), fewer).sigmas.shape == (
         3,
     )
