@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import grain
@@ -114,6 +115,7 @@ def prepare_predictions(config: DecoderRun) -> None:
         raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
         raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
+    _check_same_network(config)
     size, past = config.data.size, (config.data.motion_frames - 1) // 4 + 1
     frames, height, width = source.buckets[0].latent_size
     small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
@@ -150,6 +152,21 @@ def prepare_predictions(config: DecoderRun) -> None:
             kept.arrays["video"][index] = np.round((clip.video + 1) * 127.5)
             kept.arrays["weight"][index] = np.round(np.asarray(weight) / WEIGHT_STEP)
         kept.finish(stop)
+
+
+def _check_same_network(config: DecoderRun) -> None:
+    """A folder keeps the predictions of one network."""
+    folder = Path(config.predictions.folder)
+    note, wanted = folder / "predicted_by.json", {"dit": config.dit, "latents": config.data.folder}
+    if note.is_file() and (found := json.loads(note.read_text())) != wanted:
+        raise UserError(
+            f"{folder} has predictions of {found['dit']} for {found['latents']}, not of {config.dit} for "
+            f"{config.data.folder}: choose another --predictions.folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted))
+    os.replace(temporary, note)
 
 
 class PredictionSource:

@@ -169,6 +169,9 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
         prepare_predictions(many)
     with pytest.raises(UserError, match=r"not a run of stage 1 or 2.*config\.json is missing"):
         load_dit(tmp_path)
+    prepare_predictions(run)
+    with pytest.raises(UserError, match=r"has predictions of .*distill .*not of another"):
+        prepare_predictions(dataclasses.replace(run, dit="another"))
     manifest = Path(run.data.folder) / "manifest.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     manifest.write_text("".join(json.dumps({**row, "id": f"clip{i}"}) + "\n" for i, row in enumerate(rows)))
