@@ -1,7 +1,7 @@
 """Stage 1 of the small model: diffusion forcing on encoded talking faces, 4 blocks of 12 frames a clip."""
 
 from lavatar_jax.config import DiTConfig, SamplingConfig
-from lavatar_jax.diffusion import FlowSchedule
+from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
@@ -38,7 +38,6 @@ SAMPLING = SamplingConfig(
     drop_first_frames=0,
     doubly_shifted=False,
 )
-LEVELS = FlowSchedule(steps=SAMPLING.steps, shift=SAMPLING.shift, doubly_shifted=SAMPLING.doubly_shifted)
 
 
 def get_config() -> DiTRun:
@@ -52,7 +51,7 @@ def get_config() -> DiTRun:
             sink_dropout=0.05,
             mouth_weight=6.0,
             sampled_clips=0.6,
-            sampled_levels=tuple(LEVELS.sigmas[:-1].tolist()),
+            sampled_levels=tuple(schedule(SAMPLING).sigmas[:-1].tolist()),
         ),
         train=LoopConfig(seconds=6600, learning_rate=2e-3, batch=8, ema_decay=0.995, checkpoint_seconds=180),
     )
