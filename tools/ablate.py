@@ -4,7 +4,8 @@
 
 `--student` is the model after stage 2 (default: the shipped one), `--forcing` the one after stage 1. Each
 variant is measured with several seeds; results are kept one by one, so an interrupted call goes on where it
-was. Writes ablation.md (mean and spread of every column) and ablation.png (colour error over time).
+was, and a call with a longer `--drift-seconds` for some variants (`--only`) adds what they lack. Writes
+ablation.md (mean and spread of every column) and ablation.png (colour error over time).
 
 What is switched off at sampling was trained with it switched on; only models named by --model were trained
 otherwise.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lavatar_jax.checkpoints.store import load_model_folder
+from lavatar_jax.checkpoints.store import load_model_folder, model_folder
 from lavatar_jax.data.talking_clips import Clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.performance import (
@@ -98,9 +100,8 @@ def speed(avatar: Avatar, clip: Clip) -> Numbers:
     return {"fps": count / total, "ttff": 1000 * first}
 
 
-def drift(avatar: Avatar, clips: list[Clip], speech: Path, seconds: float, seed: int) -> Numbers:
-    """Colour error before each of `MOMENTS` that the video reaches."""
-    moments = [moment for moment in MOMENTS if moment <= seconds]
+def drift(avatar: Avatar, clips: list[Clip], speech: Path, moments: list[float], seed: int) -> Numbers:
+    """Colour error before each of the moments of a long video."""
     return {
         f"at_{moment:.0f}": float(np.mean([identity_error(v, c) for v, c in zip(frames, clips, strict=True)]))
         for moment, frames in glimpses(avatar, clips, speech, max(moments), moments, seed=seed)
@@ -108,20 +109,59 @@ def drift(avatar: Avatar, clips: list[Clip], speech: Path, seconds: float, seed:
 
 
 def measure(
-    variant: Variant, seed: int, clips: list[Clip], probes: list[FaceProbe], arguments: argparse.Namespace
-) -> Numbers:
+    variant: Variant,
+    seed: int,
+    clips: list[Clip],
+    probes: list[FaceProbe],
+    arguments: argparse.Namespace,
+    known: Numbers,
+) -> Iterator[Numbers]:
+    """The columns that are not `known` yet, in parts."""
+    moments = [moment for moment in MOMENTS if moment <= arguments.drift_seconds]
+    talks, drifts = "openness" not in known, any(f"at_{moment:.0f}" not in known for moment in moments)
+    if not (talks or drifts):
+        return
     avatar = with_sampling(load_model_folder(variant.model), **variant.changes)
-    videos = talk_clips(avatar, clips, seed=seed)
-    numbers = speech_numbers(videos, clips, probes) | colour_numbers(videos, clips) | speed(avatar, clips[0])
-    if arguments.drift_seconds >= MOMENTS[0]:
-        people = clips[: arguments.drift_people]
-        numbers |= drift(avatar, people, arguments.speech, arguments.drift_seconds, seed)
-    return numbers
+    if talks:
+        videos = talk_clips(avatar, clips, seed=seed)
+        yield speech_numbers(videos, clips, probes) | colour_numbers(videos, clips) | speed(avatar, clips[0])
+    if drifts:
+        yield drift(avatar, clips[: arguments.drift_people], arguments.speech, moments, seed)
+
+
+def measured(file: Path, *arguments: Any) -> Numbers:
+    """`measure` what is missing in a file of results, keeping every part as soon as it is there."""
+    known: Numbers = json.loads(file.read_text()) if file.is_file() else {}
+    for numbers in measure(*arguments, known):
+        known |= numbers
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(known, indent=1))
+        os.replace(part, file)
+    return known
+
+
+def refuse_other_weights(out: Path, folders: set[str]) -> None:
+    """Results that are kept in `out` are of the weights they were measured with."""
+    note = out / "weights.json"
+    known: dict[str, str] = json.loads(note.read_text()) if note.is_file() else {}
+    for folder in sorted(folders):
+        digest = hashlib.sha256()
+        for file in sorted(model_folder(folder).rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+        if known.setdefault(folder, digest.hexdigest()) != digest.hexdigest():
+            raise UserError(f"{out} has results of other weights of {folder}: choose another --out")
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=1))
+    os.replace(part, note)
 
 
 def spread(results: dict[str, list[Numbers]]) -> str:
     """A table of mean ± standard deviation over seeds."""
-    shown = {name: column for name, column in COLUMNS.items() if any(name in r[0] for r in results.values())}
+    shown = {
+        name: column
+        for name, column in COLUMNS.items()
+        if any(name in run for runs in results.values() for run in runs)
+    }
     lines = [
         "| | " + " | ".join(label for label, _ in shown.values()) + " |",
         "|---" * (len(shown) + 1) + "|",
@@ -142,7 +182,7 @@ def draw(results: dict[str, list[Numbers]], path: Path) -> None:
     figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
     for variant, runs in results.items():
-        moments = [moment for moment in MOMENTS if f"at_{moment:.0f}" in runs[0]]
+        moments = [moment for moment in MOMENTS if all(f"at_{moment:.0f}" in run for run in runs)]
         if len(moments) < 2:
             continue
         values = np.array([[run[f"at_{moment:.0f}"] for moment in moments] for run in runs])
@@ -185,6 +225,7 @@ def main(arguments: list[str]) -> None:
     if not chosen:
         raise UserError(f"no variant has {' or '.join(options.only)} in its name")
     options.out.mkdir(parents=True, exist_ok=True)
+    refuse_other_weights(options.out, {variant.model for variant in chosen})
     avatar = load_model_folder(options.student)
     clips = held_out_clips(avatar, options.clips, 21, options.speech)
     probes = [FaceProbe.calibrate(clip.identity, clip.video.shape[1]) for clip in clips]
@@ -195,12 +236,8 @@ def main(arguments: list[str]) -> None:
             for seed in range(options.seeds):
                 bar.update(task, description=f"{variant.name}, seed {seed}")
                 file = options.out / f"{variant.name.replace(' ', '-').replace(',', '')}.{seed}.json"
-                if not file.is_file():
-                    numbers = measure(variant, seed, clips, probes, options)
-                    part = file.with_suffix(".part")
-                    part.write_text(json.dumps(numbers, indent=1))
-                    os.replace(part, file)
-                results.setdefault(variant.name, []).append(json.loads(file.read_text()))
+                numbers = measured(file, variant, seed, clips, probes, options)
+                results.setdefault(variant.name, []).append(numbers)
                 bar.advance(task)
     table = spread(results)
     (options.out / "ablation.md").write_text(table)

@@ -1,5 +1,8 @@
 """The ablation's table, its list of variants, and that it goes on where it was."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from lavatar_jax.errors import UserError
@@ -20,22 +23,56 @@ def test_variants_of_stage_1_need_its_model() -> None:
     assert "stage 1, 4 steps" in [variant.name for variant in ablate.variants("tiny", "forcing", {})]
 
 
-def test_a_kept_result_is_not_measured_again(tmp_path, monkeypatch, capsys) -> None:
-    measured = []
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, int]]:
+    """What was measured, by a stand-in that takes no time."""
+    calls = []
 
-    def measure(variant, seed, *_: object) -> dict[str, float]:
-        measured.append((variant.name, seed))
-        return {"openness": 0.5 + seed / 10, "at_10": 1.0, "at_100": 2.0}
+    def talk_clips(avatar, clips, *, seed: int) -> list[int]:
+        calls.append(("talk", seed))
+        return [seed]
 
-    monkeypatch.setattr(ablate, "measure", measure)
-    monkeypatch.setattr(ablate, "held_out_clips", lambda *_: [])
+    def drift(avatar, clips, speech, moments, seed: int) -> dict[str, float]:
+        calls.append(("drift", seed))
+        return {f"at_{moment:.0f}": moment / 10 for moment in moments}
+
+    monkeypatch.setattr(ablate, "talk_clips", talk_clips)
+    monkeypatch.setattr(ablate, "drift", drift)
+    monkeypatch.setattr(ablate, "speech_numbers", lambda videos, *_: {"openness": 0.5 + videos[0] / 10})
+    monkeypatch.setattr(ablate, "colour_numbers", lambda *_: {})
+    monkeypatch.setattr(ablate, "speed", lambda *_: {})
+    monkeypatch.setattr(
+        ablate, "held_out_clips", lambda *_: [SimpleNamespace(identity=None, video=np.zeros((1, 8, 8, 3)))]
+    )
+    monkeypatch.setattr(ablate.FaceProbe, "calibrate", lambda *_: None)
     monkeypatch.setattr(ablate, "draw", lambda *_: None)
+    return calls
+
+
+def test_a_kept_result_is_not_measured_again(tmp_path, measured, capsys) -> None:
     arguments = ["--only", "no sink", "--seeds", "2", "--out", str(tmp_path)]
     ablate.main(arguments)
     (tmp_path / "no-sink.1.json").unlink()
     ablate.main(arguments)
-    assert measured == [("no sink", 0), ("no sink", 1), ("no sink", 1)]
-    assert "| no sink | 0.550 ± 0.050 | 1.0 ± 0.0 | 2.0 ± 0.0 |" in (tmp_path / "ablation.md").read_text()
+    assert measured == [("talk", 0), ("drift", 0), ("talk", 1), ("drift", 1), ("talk", 1), ("drift", 1)]
+    assert "| no sink | 0.550 ± 0.050 | 1.0 ± 0.0 | 10.0 ± 0.0 |" in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> None:
+    arguments = ["--only", "no sink", "--seeds", "1", "--out", str(tmp_path)]
+    ablate.main(arguments)
+    ablate.main([*arguments, "--drift-seconds", "1000"])
+    ablate.main(arguments)
+    assert measured == [("talk", 0), ("drift", 0), ("drift", 0)]
+    assert "| no sink | 0.500 ± 0.000 | 1.0 ± 0.0 | 10.0 ± 0.0 | 100.0 ± 0.0 |" in capsys.readouterr().out
+
+
+def test_results_of_other_weights_are_not_taken(tmp_path, measured, capsys) -> None:
+    arguments = ["--only", "no sink", "--seeds", "1", "--out", str(tmp_path)]
+    ablate.main(arguments)
+    (tmp_path / "weights.json").write_text('{"tiny": "of an older model"}')
+    with pytest.raises(UserError, match="other weights of tiny"):
+        ablate.main(arguments)
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
