@@ -37,7 +37,7 @@ from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.latents import LatentsConfig, open_latents
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.run import Run, fit_run, run_step
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow
 from lavatar_jax.training.state import (
     LossFn,
@@ -45,7 +45,6 @@ from lavatar_jax.training.state import (
     Params,
     TrainState,
     create_state,
-    make_train_step,
     split_model,
 )
 from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
@@ -208,7 +207,7 @@ def window_batches(config: PredictionsConfig, past: int) -> grain.DatasetIterato
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `window_batches`."""
+    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `window_batches`."""
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
@@ -227,14 +226,7 @@ def train_decoder(config: DecoderRun) -> TrainState:
     first_process_only(lambda: prepare_predictions(config))
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed)
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
-    step_fn = make_train_step(
-        make_loss(compute_in(weights.merge, train.precision), config.loss),
-        optimizer,
-        train.ema_decay,
-        config.optim.clip,
-        accumulate=train.accumulate,
-        spike=train.spike,
-    )
+    step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     batches = window_batches(config.predictions, (config.data.motion_frames - 1) // 4 + 1)
     return fit_run(config, step_fn, state, weights.frozen, batches, mesh)

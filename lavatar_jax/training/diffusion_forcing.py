@@ -21,9 +21,9 @@ from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.run import Run, fit_run, run_step
 from lavatar_jax.training.samples import make_evaluator, make_sampler
-from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 
 
@@ -158,7 +158,7 @@ def draw_mask(
 def make_loss(
     merge: Merge[CausalDiT], model: DiTConfig, config: ForcingConfig, *, remat: Remat = "none"
 ) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `record_batches` of any shape.
+    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `record_batches` of any shape.
 
     Flow-matching loss on all blocks at once, except those that are nearly clean: they are context for the
     others. No sampler asks what their noise was, and it could hardly be told. Motion frames and pose are used
@@ -220,14 +220,7 @@ def train_dit(config: DiTRun) -> TrainState:
     size = source.buckets[0].latent_size
     merge = compute_in(weights.merge, train.precision)
     loss = make_loss(merge, config.model, config.loss, remat=train.remat)
-    step_fn = make_train_step(
-        loss,
-        optimizer,
-        train.ema_decay,
-        config.optim.clip,
-        accumulate=train.accumulate,
-        spike=train.spike,
-    )
+    step_fn = run_step(config, loss, optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     flops = train.batch * step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
     sample = make_sampler(

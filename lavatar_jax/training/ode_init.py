@@ -23,10 +23,10 @@ from lavatar_jax.training.distill_step import Roles
 from lavatar_jax.training.dmd import guide
 from lavatar_jax.training.latents import open_training
 from lavatar_jax.training.optim import make_optimizer
-from lavatar_jax.training.run import fit_run
+from lavatar_jax.training.run import fit_run, run_step
 from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional
-from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, make_train_step
+from lavatar_jax.training.state import LossFn, Params, TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def walk(
 
 
 def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`; the student sees one level for all blocks."""
+    """`loss(params, frozen, batch, key)` of `run_step`; the student sees one level for all blocks."""
     sigmas = jnp.asarray(schedule(config.sampling).sigmas)
     student_score = dataclasses.replace(config.score, kind="causal")
 
@@ -105,14 +105,7 @@ def train_ode(config: OdeRun) -> TrainState:
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)
     roles = make_roles(config)
-    step_fn = make_train_step(
-        make_ode_loss(config, roles),
-        optimizer,
-        train.ema_decay,
-        config.optim.clip,
-        accumulate=train.accumulate,
-        spike=train.spike,
-    )
+    step_fn = run_step(config, make_ode_loss(config, roles), optimizer)
     state = create_state(params, optimizer, train.seed, mesh=mesh)
     return fit_run(
         config,

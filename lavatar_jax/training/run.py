@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import optax
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
@@ -16,6 +17,7 @@ from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import LoopConfig, State, StepFn, fit
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.samples import SamplesConfig
+from lavatar_jax.training.state import LossFn, TrainStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,14 @@ class Run:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def run_step(run: Run, loss: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:
+    """`state.make_train_step` with the settings of a run."""
+    train = run.train
+    return make_train_step(
+        loss, optimizer, train.ema_decay, run.optim.clip, accumulate=train.accumulate, spike=train.spike
+    )
 
 
 def fit_run(

@@ -95,6 +95,7 @@ def create_state(
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+TrainStep = Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]
 Gradients = Callable[[Params, Params, Any, jax.Array], tuple[tuple[jax.Array, Metrics], Params]]
 
 
@@ -147,7 +148,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     spike: float = 0.0,
-) -> Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """One optimisation step `(state, frozen, batch, learning_rate) -> (state, metrics)`; donates the state.
 
     `loss_fn(params, frozen, batch, key) -> (loss, metrics)`; `frozen` is what is not trained (`{}`: nothing).

@@ -20,9 +20,9 @@ from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.run import Run, fit_run, run_step
 from lavatar_jax.training.samples import save_moving_picture
-from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, make_train_step
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state
 from lavatar_jax.training.weights import initial_weights
 
 # Luminance, red against blue, green against magenta (columns). The last has little of the variance of RGB,
@@ -86,7 +86,7 @@ def reconstruction_loss(
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `make_train_step`, for batches of `clip_batches`."""
+    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `clip_batches`."""
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
@@ -166,14 +166,7 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
 
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adjust=adjust)
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
-    step_fn = make_train_step(
-        make_loss(compute_in(weights.merge, train.precision), config.loss),
-        optimizer,
-        train.ema_decay,
-        config.optim.clip,
-        accumulate=train.accumulate,
-        spike=train.spike,
-    )
+    step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     batches = clip_batches(config.data)
     return fit_run(
