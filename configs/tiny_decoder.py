@@ -5,6 +5,7 @@ from configs.tiny_vae import MODEL
 from lavatar_jax.training.decoder import DecoderRun, PredictionsConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.vae import VAELossConfig
 
 
@@ -12,6 +13,7 @@ def get_config() -> DecoderRun:
     return DecoderRun(
         model=MODEL,
         data=LatentsConfig(clips=1700),
+        samples=SamplesConfig(records=3),
         predictions=PredictionsConfig(),
         sampling=SAMPLING,
         loss=VAELossConfig(square=8.0),

@@ -75,8 +75,8 @@ def render_clips(config: ClipsConfig, chunk: int = 20) -> Path:
 class ClipArrays:
     """Arrays in a folder, one row for each clip, that are filled in order by calls that may be killed.
 
-    `sizes`: shape of a row and type, by name. `done`: rows that are finished. A file of another shape is made
-    anew, and all of them filled again.
+    `sizes`: shape of a row and type, by name. `done`: rows that are finished. A file of another shape or
+    type is made anew, and all of them filled again.
     """
 
     def __init__(
@@ -87,9 +87,11 @@ class ClipArrays:
         self.arrays: dict[str, np.memmap] = {}
         for name, (shape, dtype) in sizes.items():
             path, whole = folder / f"{name}.npy", (rows, *shape)
-            if path.exists() and (found := np.load(path, mmap_mode="r+")).shape == whole:
-                self.arrays[name] = found
-                continue
+            if path.exists():
+                found = np.load(path, mmap_mode="r+")
+                if (found.shape, found.dtype) == (whole, dtype):
+                    self.arrays[name] = found
+                    continue
             self._file.unlink(missing_ok=True)
             self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=whole)
         self.done = int(self._file.read_text()) if self._file.exists() else 0

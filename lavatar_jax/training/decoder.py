@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -38,6 +39,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_latents
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
+from lavatar_jax.training.samples import save_moving_picture
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow
 from lavatar_jax.training.state import (
     LossFn,
@@ -110,12 +112,17 @@ def prepare_predictions(config: DecoderRun) -> None:
     latents before the clip in front; `video.npy` and `weight.npy` as `data.clips.render_clips`.
     """
     source, given = open_latents(config.data), config.predictions
+    if config.samples.records >= given.clips:
+        raise UserError(
+            f"--samples.records {config.samples.records} leaves no clip to train on: "
+            f"--predictions.clips is {given.clips}"
+        )
     if given.clips > len(source):
         raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
         raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
     _check_same_network(config)
-    size, past = config.data.size, (config.data.motion_frames - 1) // 4 + 1
+    size, past = config.data.size, config.data.motion_latents
     frames, height, width = source.buckets[0].latent_size
     small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
     kept = ClipArrays(
@@ -169,11 +176,11 @@ def _check_same_network(config: DecoderRun) -> None:
 
 
 class PredictionSource:
-    """Random access to a folder of `prepare_predictions` (a grain data source)."""
+    """Random access to some clips in a folder of `prepare_predictions` (a grain data source)."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, clips: slice) -> None:
         names = ("latent", "video", "weight")
-        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names}
+        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r")[clips] for name in names}
 
     def __len__(self) -> int:
         return len(self.arrays["video"])
@@ -199,10 +206,12 @@ def random_window(
     return {name: np.ascontiguousarray(array) for name, array in result.items()}
 
 
-def window_batches(config: PredictionsConfig, past: int) -> grain.DatasetIterator:
-    """Endless batches of windows: `latent` [B, 2 past, c, c, Z], `video` and `weight` as `data.clips`."""
+def window_batches(config: PredictionsConfig, past: int, held_out: int = 0) -> grain.DatasetIterator:
+    """Endless batches of windows of all clips but the last `held_out`: `latent` [B, 2 past, c, c, Z], `video`
+    and `weight` as `data.clips`."""
     cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth)
-    clips = grain.MapDataset.source(PredictionSource(config.folder)).seed(config.seed).shuffle()
+    source = PredictionSource(config.folder, slice(config.clips - held_out))
+    clips = grain.MapDataset.source(source).seed(config.seed).shuffle()
     return iter(clips.repeat(1_000_000).random_map(cut).to_iter_dataset().batch(config.batch))
 
 
@@ -220,6 +229,27 @@ def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
     return loss_fn
 
 
+def make_sampler(
+    config: DecoderRun, model_of: Callable[[TrainState], CausalVAE]
+) -> Callable[[TrainState, Path], None] | None:
+    """`sample` of `loop.fit`: the true frames of the last clips, and what is drawn of their predictions."""
+    count, given = config.samples.records, config.predictions
+    if not count or jax.process_count() > 1:
+        return None
+    held_out = PredictionSource(given.folder, slice(given.clips - count, given.clips))
+    draw = jax.jit(lambda vae, latent: jnp.clip(vae.decode(latent.astype(jnp.float32)), -1, 1))
+
+    def sample(state: TrainState, folder: Path) -> None:
+        vae = model_of(state)
+        for index in range(count):
+            clip = held_out[index]
+            truth = clip["video"].astype(np.float32) / 127.5 - 1.0
+            drawn = np.asarray(draw(vae, clip["latent"][:1]))[0]
+            save_moving_picture(np.concatenate([truth, drawn], axis=2), folder / f"clip{index}.webp")
+
+    return sample
+
+
 def train_decoder(config: DecoderRun) -> TrainState:
     """Predict clips if needed, then train (or go on with) the decoder in `config.out`. Raises UserError."""
     mesh, train = train_mesh(config.mesh), config.train
@@ -228,5 +258,7 @@ def train_decoder(config: DecoderRun) -> TrainState:
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
-    batches = window_batches(config.predictions, (config.data.motion_frames - 1) // 4 + 1)
-    return fit_run(config, step_fn, state, weights.frozen, batches, mesh)
+    held_out = config.samples.records
+    batches = window_batches(config.predictions, config.data.motion_latents, held_out)
+    sample = make_sampler(config, lambda state: weights.merge(state.average, weights.frozen))
+    return fit_run(config, step_fn, state, weights.frozen, batches, mesh, sample=sample)

@@ -61,6 +61,10 @@ class LatentsConfig:
     def video_frames(self) -> int:
         return self.motion_frames + 12 * self.blocks
 
+    @property
+    def motion_latents(self) -> int:
+        return (self.motion_frames - 1) // 4 + 1
+
 
 def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
     """The averaged VAE of a stage 0 run, with the latent statistics of its training (0 and 1)."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
@@ -31,6 +32,7 @@ from lavatar_jax.training.decoder import (
 from lavatar_jax.training.latents import LatentsConfig, open_latents, prepare_latents
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import param_paths
 from lavatar_jax.training.vae import VAELossConfig
 from tests.tiny import random_dit
@@ -161,6 +163,25 @@ def test_only_the_decoder_learns(run: DecoderRun) -> None:
     assert read_average(Path(run.out)).keys() == first.keys()
     shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3)).items()}
     assert shapes == {"latent": (2, 6, 2, 2, 3), "video": (2, 12, 16, 16, 3), "weight": (2, 12, 4, 4)}
+
+
+def test_held_out_clips_are_shown_and_not_trained_on(run: DecoderRun, tmp_path: Path) -> None:
+    run = dataclasses.replace(run, samples=SamplesConfig(records=1, every=0.0))
+    train_decoder(run)
+    pictures = list(Path(run.out).rglob("*.webp"))
+    assert {picture.name for picture in pictures} == {"clip0.webp"}
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (2 * 2 * 32, 2 * 32)  # truth beside drawing, each pixel 2 x 2
+        assert picture.n_frames == run.data.video_frames
+
+    folder = Path(run.predictions.folder)
+    video = np.load(folder / "video.npy", mmap_mode="r+")
+    video[2] = 255  # the last clip
+    video.flush()
+    batches = window_batches(run.predictions, 3, held_out=1)
+    assert not any((next(batches)["video"] == 255).all(axis=(1, 2, 3, 4)).any() for _ in range(20))
+    with pytest.raises(UserError, match=r"--samples\.records 3 leaves no clip"):
+        prepare_predictions(dataclasses.replace(run, samples=SamplesConfig(records=3)))
 
 
 def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) -> None:
