@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from lavatar_jax.data.clips import WEIGHT_STRIDE
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import STACKED
-from lavatar_jax.training import diffusion_forcing, vae
+from lavatar_jax.training import decoder, diffusion_forcing, vae
+from lavatar_jax.training.decoder import DecoderRun
 from lavatar_jax.training.diffusion_forcing import DiTRun
 from lavatar_jax.training.distill import DistillRun, make_roles, make_step, sampler_rollout
 from lavatar_jax.training.distill_step import create_distill_state
+from lavatar_jax.training.ode_init import OdeRun, make_ode_loss
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.plan import Subject
 from lavatar_jax.training.precision import compute_in
@@ -35,8 +37,12 @@ def subject(run: Any) -> Subject:
         return _vae(run)
     if isinstance(run, DiTRun):
         return _forcing(run)
+    if isinstance(run, OdeRun):
+        return _ode(run)
     if isinstance(run, DistillRun):
         return _distill(run)
+    if isinstance(run, DecoderRun):
+        return _decoder(run)
     raise UserError(f"--plan: there is none for a {type(run).__name__}")
 
 
@@ -81,9 +87,7 @@ def _distill(run: DistillRun) -> Subject:
             clip = batch["latent"]
             return jnp.mean(jnp.square(denoise(clip, jnp.full(clip.shape[:2], 500.0)))), {}
 
-        if not run.lora.rank:  # the teacher is a whole network of its own
-            weights = weights._replace(frozen=weights.params)
-        return weights, loss
+        return _with_teacher(run, weights), loss
 
     weights, loss = loss_of(run)
     _, optimizers = make_step(run, weights.params, [])
@@ -112,6 +116,27 @@ def _distill(run: DistillRun) -> Subject:
     )
 
 
+def _with_teacher(run: DistillRun, weights: Weights[Any]) -> Weights[Any]:
+    """Without adapters the frozen teacher is a whole network of its own."""
+    return weights if run.lora.rank else weights._replace(frozen=weights.params)
+
+
+def _ode(run: OdeRun) -> Subject:
+    def loss_of(run: OdeRun) -> tuple[Weights[Any], LossFn]:
+        weights = abstract_weights(run.make, run.lora)
+        return _with_teacher(run, weights), make_ode_loss(run, make_roles(run))
+
+    weights, loss = loss_of(run)
+    return Subject(
+        weights=weights,
+        state=_state(run, weights.params),
+        loss=loss,
+        batch=_sample(run, motion=False),
+        layer=loss_of(_one_layer(run)),
+        heads=run.model.heads,
+    )
+
+
 def _sample(run: DiTRun | DistillRun, *, motion: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """One record as `record_batches` gives it."""
     model, (frames, height, width) = run.model, run.clip
@@ -135,5 +160,18 @@ def _vae(run: VAERun) -> Subject:
     batch = {
         "video": jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8),
         "weight": jax.ShapeDtypeStruct((1, frames, *grid), jnp.uint8),
+    }
+    return Subject(weights=weights, state=_state(run, weights.params), loss=loss, batch=batch)
+
+
+def _decoder(run: DecoderRun) -> Subject:
+    weights = abstract_weights(run.make)
+    loss = decoder.make_loss(compute_in(weights.merge, run.train.precision), run.loss)
+    past, cells, factor = run.data.motion_latents, run.predictions.cells, run.model.spatial_factor
+    frames, pixels, grid = 4 * past, cells * factor, cells * factor // WEIGHT_STRIDE
+    batch = {
+        "latent": jax.ShapeDtypeStruct((1, 2 * past, cells, cells, run.model.latent_channels), jnp.float16),
+        "video": jax.ShapeDtypeStruct((1, frames, pixels, pixels, 3), jnp.uint8),
+        "weight": jax.ShapeDtypeStruct((1, frames, grid, grid), jnp.uint8),
     }
     return Subject(weights=weights, state=_state(run, weights.params), loss=loss, batch=batch)

@@ -71,6 +71,22 @@ def test_the_command_prints_a_table() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["128", "64", "8"]
 
 
+def test_every_small_stage_has_a_plan() -> None:
+    plans = {}
+    for path in sorted((ROOT / "configs").glob("tiny_*.py")):
+        run = load_config(str(path))
+        plans[path.stem] = Planner(run, subject(run))
+    assert plans.keys() == {"tiny_vae", "tiny_dit", "tiny_ode", "tiny_distill", "tiny_decoder"}
+    bytes_of = {name: plan.memory(1, 1, 1, 1) for name, plan in plans.items()}
+    # The ODE student learns from a teacher, without a critic.
+    trained = bytes_of["tiny_dit"]["trained"]
+    assert bytes_of["tiny_ode"]["frozen"] == bytes_of["tiny_ode"]["trained"] == trained
+    assert bytes_of["tiny_distill"]["trained"] == 2 * trained
+    # Windows of 24 latents and 64 pixels keep less than 25 whole frames of 128 do.
+    assert bytes_of["tiny_decoder"]["trained"] == bytes_of["tiny_vae"]["trained"]
+    assert 0 < bytes_of["tiny_decoder"]["activations"] < bytes_of["tiny_vae"]["activations"]
+
+
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)])
 def test_bytes_of_a_device_are_those_that_are_allocated(lora: LoraConfig) -> None:
     run = small(lora=lora)
