@@ -25,16 +25,16 @@ from lavatar_jax.training.latents import LatentsConfig, load_vae
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     vae: str  # run of stage 0; a fine-tuned decoder counts, as long as the latents are the same
-    dit: str  # run of stage 1
+    dit: str  # run of stage 1, of its ODE student, or of stage 2
     out: str = "lavatar_jax/weights/tiny"
     name: str = "tiny"
 
 
 def package(arguments: Arguments) -> Path:
-    """Write the averaged weights in half precision, with the latent statistics that stage 1 trained on."""
+    """Write the averaged weights in half precision, with the latent statistics of the transformer's data."""
     path = Path(arguments.dit) / "config.json"
     if not path.is_file():
-        raise UserError(f"{arguments.dit} is not a run of stage 1: {path} is missing")
+        raise UserError(f"{arguments.dit} is not a run of stage 1 or 2: {path} is missing")
     run = json.loads(path.read_text())
     data = config_from_dict(LatentsConfig, run["data"])
     statistics = read_dataset(data.folder)
