@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,10 @@ def measure(
         yield drift(avatar, clips[: arguments.drift_people], arguments.speech, moments, seed)
 
 
-def measured(file: Path, *arguments: Any) -> Numbers:
-    """`measure` what is missing in a file of results, keeping every part as soon as it is there."""
+def measured(file: Path, missing: Callable[[Numbers], Iterator[Numbers]]) -> Numbers:
+    """The numbers in a file of results, and what is `missing` of them: every part is kept as it comes."""
     known: Numbers = json.loads(file.read_text()) if file.is_file() else {}
-    for numbers in measure(*arguments, known):
+    for numbers in missing(known):
         known |= numbers
         part = file.with_suffix(".part")
         part.write_text(json.dumps(known, indent=1))
@@ -236,7 +237,8 @@ def main(arguments: list[str]) -> None:
             for seed in range(options.seeds):
                 bar.update(task, description=f"{variant.name}, seed {seed}")
                 file = options.out / f"{variant.name.replace(' ', '-').replace(',', '')}.{seed}.json"
-                numbers = measured(file, variant, seed, clips, probes, options)
+                missing = functools.partial(measure, variant, seed, clips, probes, options)
+                numbers = measured(file, missing)
                 results.setdefault(variant.name, []).append(numbers)
                 bar.advance(task)
     table = spread(results)
