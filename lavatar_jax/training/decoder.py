@@ -216,15 +216,20 @@ def window_batches(config: PredictionsConfig, past: int, held_out: int = 0) -> g
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `window_batches`."""
+    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `window_batches`.
+
+    What the decoder remembers of the latents before the window is given: no gradient goes through it.
+    """
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
         model: CausalVAE = merge(params, frozen)
         video, weight = unpack(batch)
-        drawn = model.decode(batch["latent"].astype(jnp.float32))
-        return reconstruction_loss(drawn[:, -video.shape[1] :], video, weight, config)
+        before, window = jnp.split(batch["latent"].astype(jnp.float32), 2, axis=1)
+        _, cache = model.stream_decode(before, None, first=True)
+        drawn, _ = model.stream_decode(window, jax.lax.stop_gradient(cache), first=False)
+        return reconstruction_loss(drawn, video, weight, config)
 
     return loss_fn
 

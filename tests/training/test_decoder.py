@@ -13,6 +13,7 @@ from PIL import Image
 
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
+from lavatar_jax.data.clips import unpack
 from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.errors import UserError
@@ -34,7 +35,7 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import param_paths
-from lavatar_jax.training.vae import VAELossConfig
+from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
 from tests.tiny import random_dit
 
 VAE = VAEConfig(
@@ -163,6 +164,18 @@ def test_only_the_decoder_learns(run: DecoderRun) -> None:
     assert read_average(Path(run.out)).keys() == first.keys()
     shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3)).items()}
     assert shapes == {"latent": (2, 6, 2, 2, 3), "video": (2, 12, 16, 16, 3), "weight": (2, 12, 4, 4)}
+
+
+def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun) -> None:
+    prepare_predictions(run)
+    batch = next(window_batches(run.predictions, 3))
+    vae = make_vae(VAE, rngs=nnx.Rngs(0))
+    loss, _ = decoder.make_loss(lambda params, frozen: vae, run.loss)({}, {}, batch, jax.random.key(0))
+    video, weight = unpack(batch)
+    whole = vae.decode(batch["latent"].astype(np.float32))[:, -video.shape[1] :]
+    assert float(loss) == pytest.approx(
+        float(reconstruction_loss(whole, video, weight, run.loss)[0]), rel=1e-5
+    )
 
 
 def test_held_out_clips_are_shown_and_not_trained_on(run: DecoderRun, tmp_path: Path) -> None:
