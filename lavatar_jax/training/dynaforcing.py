@@ -27,7 +27,7 @@ class DynaConfig:
     """
 
     hybrid: float = 0.0  # share of the samples that start from noised truth
-    start_weights: tuple[float, ...] = ()  # how often at each step; (): half as often with every step
+    start_weights: tuple[float, ...] = ()  # how often at step 1, 2, ...; (): half as often with every step
     alpha: float = 0.0  # samples are weighted by exp(alpha * reward)
     rewards: tuple[tuple[str, float], ...] = ()
     reward_decay: float = 0.98  # of the running statistics
@@ -71,17 +71,27 @@ def load_rewards(config: DynaConfig, run: Any) -> list[Reward]:
     return rewards
 
 
+def check_starts(config: DynaConfig, steps: int) -> None:
+    """Raises UserError for hybrid starts that a sampler of so many steps cannot have."""
+    if config.hybrid and steps < 2:
+        raise UserError("one step begins at pure noise, where no truth is left: --dyna.hybrid 0")
+    weights = config.start_weights
+    if weights and (len(weights) != steps - 1 or min(weights) < 0 or sum(weights) <= 0):
+        raise UserError(f"--dyna.start-weights {weights} must be one for each of the steps 1 to {steps - 1}")
+
+
 def draw_starts(
     key: Array, batch: int, exit_step: Int[Array, ""], steps: int, config: DynaConfig
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """(start step of each sample, whether it starts from noised truth).
 
-    A drawn step beyond the exit becomes the exit. Other samples start at step 0, from pure noise.
+    Step 0 is pure noise, with nothing of the truth: hybrid samples start at one of the steps after it, and
+    not after the exit. Where the exit is step 0 there are none.
     """
     which, step = jax.random.split(key)
-    hybrid = jax.random.uniform(which, (batch,)) < config.hybrid
-    weights = jnp.asarray(config.start_weights or [0.5**index for index in range(steps)], jnp.float32)
-    drawn = jax.random.choice(step, steps, (batch,), p=weights / weights.sum())
+    hybrid = (jax.random.uniform(which, (batch,)) < config.hybrid) & (exit_step > 0)
+    weights = jnp.asarray(config.start_weights or [0.5**index for index in range(steps - 1)], jnp.float32)
+    drawn = 1 + jax.random.choice(step, steps - 1, (batch,), p=weights / weights.sum())
     return jnp.where(hybrid, jnp.minimum(drawn, exit_step), 0).astype(jnp.int32), hybrid
 
 

@@ -11,6 +11,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.training.dynaforcing import (
     DynaConfig,
     RewardStatistics,
+    check_starts,
     draw_starts,
     load_rewards,
     reward_weights,
@@ -21,14 +22,28 @@ from lavatar_jax.training.rewards import correlation, fit_probe, opening
 CONFIG = DynaConfig(hybrid=0.3, alpha=0.5, rewards=(("a:b", 1.0), ("c:d", 0.5)))
 
 
-def test_a_share_of_samples_starts_from_truth_mostly_at_noisy_steps_and_never_after_the_exit() -> None:
-    starts, hybrid = draw_starts(jax.random.key(0), 4000, jnp.int32(2), 4, CONFIG)
-    starts, hybrid = np.asarray(starts), np.asarray(hybrid)
+def test_a_share_of_samples_starts_from_noised_truth_and_never_after_the_exit() -> None:
+    starts, hybrid = (np.asarray(x) for x in draw_starts(jax.random.key(0), 4000, jnp.int32(2), 4, CONFIG))
     assert abs(hybrid.mean() - 0.3) < 0.03
     assert (starts[~hybrid] == 0).all()
     shares = np.bincount(starts[hybrid], minlength=4) / hybrid.sum()
-    # Half as often with every step: 8, 4, 2, 1 of 15; the last one falls back to the exit.
-    np.testing.assert_allclose(shares, [8 / 15, 4 / 15, 3 / 15, 0], atol=0.05)
+    # Half as often with every step after that of pure noise: 4, 2, 1 of 7; the last becomes the exit.
+    np.testing.assert_allclose(shares, [0, 4 / 7, 3 / 7, 0], atol=0.05)
+
+
+def test_a_rollout_that_ends_at_the_first_step_starts_from_noise_alone() -> None:
+    starts, hybrid = draw_starts(jax.random.key(0), 100, jnp.int32(0), 4, CONFIG)
+    assert not np.asarray(hybrid).any()
+    assert not np.asarray(starts).any()
+
+
+@pytest.mark.parametrize(
+    ("steps", "weights"), [(1, ()), (4, (1.0, 1.0)), (4, (0.0, 0.0, 0.0)), (4, (1.0, -1.0, 1.0))]
+)
+def test_starts_that_there_are_not_are_refused(steps: int, weights: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=r"--dyna\."):
+        check_starts(dataclasses.replace(CONFIG, start_weights=weights), steps)
+    check_starts(CONFIG, 2)
 
 
 def test_samples_count_by_their_normalised_rewards() -> None:
