@@ -1,9 +1,11 @@
 """Stage 2 at full size: a 4-step student of Wan2.2-S2V-14B, by adapters on one set of weights.
 
-Method section 4: student 1e-5, fake score 2e-6, five critic steps a student step, one clip on each of 128
-devices, 500 steps of the student. `init` is the converted checkpoint: the bidirectional teacher, on which the
-student (`lora.init`: stage 1's adapters) and the fake score are adapters. Motion frames are gone. The
-rollout has the levels, ring and sink of the sampler, and new noise between the steps.
+Method section 4: student 1e-5, fake score 2e-6, five critic steps a student step, 500 steps of the student.
+There one clip is on each of 128 devices. The four rings of a clip alone take 48 GB, so here two devices of
+80 GB share a clip (`--plan`): batches of 64 on 128 devices. `init` is the converted checkpoint: the
+bidirectional teacher, on which the student (`lora.init`: stage 1's adapters) and the fake score are adapters.
+Motion frames are gone. The rollout has the levels, ring and sink of the sampler, and new noise between the
+steps.
 """
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
@@ -41,7 +43,7 @@ def get_config() -> DistillRun:
             learning_rate=1e-5,
             warmup=0.0,
             weight_decay=0.01,
-            batch=128,
+            batch=64,
             ema_decay=0.99,
             precision="bfloat16",
             remat="full",
@@ -50,6 +52,6 @@ def get_config() -> DistillRun:
         ),
         optim=OptimConfig(kind="adamw", betas=(0.0, 0.999), clip=10.0, schedule="constant"),
         critic_optim=OptimConfig(kind="adamw", betas=(0.0, 0.999)),
-        mesh=MeshConfig(fsdp=8),
+        mesh=MeshConfig(fsdp=4, tensor=2),
         checkpoint=CheckpointConfig(keep=3),
     )

@@ -98,8 +98,12 @@ def begin_cache(
     sampling: SamplingConfig,
     reference: Float[Array, "B 1 H W C"],
     text: Float[Array, "B S E"],
+    *,
+    rings: int | None = None,
 ) -> StudentCache:
     """Empty rings behind the reference's keys and values. No gradient passes through them.
+
+    `rings`: None, as many as the sampler has; 1 is enough to replay blocks that all exit at the same step.
 
     Raises UserError for a sampler with motion frames.
     """
@@ -109,7 +113,7 @@ def begin_cache(
         raise UserError("the student streams without motion frames: --sampling.no-motion")
     sink = cond_tokens(config, height, width, motion=False) if sampling.sink else 0
     block = config.block_frames * (height // config.patch) * (width // config.patch)
-    rings = ring_count(sampling)
+    rings = rings or ring_count(sampling)
     shape = (rings * config.layers, batch, sink + sampling.ring_blocks * block, config.heads, config.head_dim)
     k = v = jnp.zeros(shape, dit.dtype)
     sink_k = jnp.zeros((config.layers, batch, sink, config.heads, config.head_dim), dit.dtype)
@@ -122,17 +126,14 @@ def begin_cache(
     return jax.lax.stop_gradient(StudentCache(RingCache(k, v, sink_k), text))
 
 
-def read_rings(rings: RingCache, step: Array | int, layers: int) -> RingCache:
-    """The ring of one step (of all steps, where they share one)."""
-    first = step * layers if rings.k.shape[0] > layers else 0
-    k, v = (jax.lax.dynamic_slice_in_dim(x, first, layers) for x in (rings.k, rings.v))
-    return dataclasses.replace(rings, k=k, v=v)
+def first_layer(rings: RingCache, step: Array | int, layers: int) -> Array | int:
+    """Where the ring of one step begins (of all steps, where they share one)."""
+    return step * layers if rings.k.shape[0] > layers else 0
 
 
 def write_rings(rings: RingCache, step: Array | int, entry: KV, offset: Array, layers: int) -> RingCache:
     """Put a block's keys and values [L, B, T, N, H] into the ring of one step."""
-    first = step * layers if rings.k.shape[0] > layers else 0
-    where = (first, 0, rings.sink_tokens + offset, 0, 0)
+    where = (first_layer(rings, step, layers), 0, rings.sink_tokens + offset, 0, 0)
     k, v = (
         jax.lax.dynamic_update_slice(x, new.astype(x.dtype), where)
         for x, new in zip((rings.k, rings.v), entry, strict=True)
@@ -142,7 +143,8 @@ def write_rings(rings: RingCache, step: Array | int, entry: KV, offset: Array, l
 
 def block_forward(
     dit: CausalDiT,
-    ring: RingCache,
+    rings: RingCache,
+    first: Array | int,
     latent: Float[Array, "B F H W C"],
     times: Times,
     text: KV,
@@ -153,18 +155,25 @@ def block_forward(
 ) -> tuple[Float[Array, "B F H W C"], KV]:
     """`dit_forward.stream_forward`, differentiable -> (velocity, roped keys and values of the block).
 
-    Gradients reach the block's own keys and values, not those in the ring.
+    `first`: of the layers in `rings` that are read. Each layer takes its own when it is computed: a slice of
+    a whole ring would be a copy of it, 12 GB at full size. Gradients reach the block's own keys and values,
+    not those in the ring.
     """
     x = dit.embed_noisy(latent, inputs.pose)
-    n_sink = ring.sink_tokens
+    rings = jax.lax.stop_gradient(rings)
+    n_sink = rings.sink_tokens
 
-    def attend(layer: Any, q: Array, kv: KV, state: None, past: RingCache) -> tuple[Array, None, KV]:
+    def attend(layer: Any, q: Array, kv: KV, state: None, sink_k: Array) -> tuple[Array, None, KV]:
+        past_k, past_v = (
+            jax.lax.dynamic_index_in_dim(x, first + layer, keepdims=False) for x in (rings.k, rings.v)
+        )
+
         def put(buffer: Array, new: Array, offset: Any) -> Array:
             return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, offset, 0, 0))
 
         own = KV(apply_rope(kv.k, inputs.rope), kv.v)
-        k = put(past.k, apply_rope(past.sink_k, inputs.sink_rope), 0)
-        k, v = (put(old, new, n_sink + inputs.offset) for old, new in ((k, own.k), (past.v, own.v)))
+        k = put(past_k, apply_rope(sink_k, inputs.sink_rope), 0)
+        k, v = (put(old, new, n_sink + inputs.offset) for old, new in ((k, own.k), (past_v, own.v)))
         y = dot_product_attention(
             apply_rope(q, inputs.rope),
             k,
@@ -181,7 +190,7 @@ def block_forward(
         text,
         Sequence(latent.shape[1], x.shape[1] // latent.shape[1]),
         attend,
-        per_layer=ring,
+        per_layer=rings.sink_k,
         audio=audio,
         remat=remat,
     )
@@ -201,8 +210,8 @@ def make_predict(
         times = dit.embed_time(timestep_sinusoid(jnp.full(x.shape[:2], level.t), dit.config.freq_dim))
         text = dit.text_keys_values(cache.text)
         audio = encode_audio(dit.audio_encoder, inputs.audio)
-        ring = jax.lax.stop_gradient(read_rings(cache.rings, level.step, layers))
-        flow, entry = block_forward(dit, ring, x, times, text, audio, inputs, remat=remat)
+        first = first_layer(cache.rings, level.step, layers)
+        flow, entry = block_forward(dit, cache.rings, first, x, times, text, audio, inputs, remat=remat)
         rings = write_rings(cache.rings, level.step, entry, inputs.offset, layers)
         x0 = (x - level.sigma.astype(flow.dtype) * flow).astype(x.dtype)
         return x0, StudentCache(rings, cache.text)

@@ -99,10 +99,9 @@ def _distill(run: DistillRun) -> Subject:
     )
     batch, roles = _sample(run, motion=False), make_roles(run)
 
-    def caches(params: Params, frozen: Params, batch: Any) -> Any:
+    def cache(params: Params, frozen: Params, batch: Any) -> Any:
         dit = roles.student(params, frozen)
-        begun = begin_cache(dit, run.sampling, batch["reference"], batch["text"])
-        return begun, begun  # the empty one that the replay begins with, and the one that fills
+        return begin_cache(dit, run.sampling, batch["reference"], batch["text"])
 
     return Subject(
         weights=weights,
@@ -110,7 +109,7 @@ def _distill(run: DistillRun) -> Subject:
         loss=loss,
         batch=batch,
         layer=loss_of(_one_layer(run)),
-        cache=jax.eval_shape(caches, weights.params, weights.frozen, batch),
+        cache=jax.eval_shape(cache, weights.params, weights.frozen, batch),
         heads=run.model.heads,
         accumulates=False,
     )

@@ -19,7 +19,7 @@ from lavatar_jax.parallel import state_shardings
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
-from lavatar_jax.training.plan import Planner, plan_text
+from lavatar_jax.training.plan import USABLE, Planner, plan_text
 from lavatar_jax.training.subjects import subject
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 from tests.training.toy_run import mesh_of
@@ -61,6 +61,17 @@ def test_the_14b_stage_1_fits_its_devices() -> None:
     # The input of every layer is kept: 40 x tokens x width x 2 bytes, tokens of 21 frames and the conditions.
     assert whole["activations"] > 40 * 22 * 1125 * 5120 * 2
     assert planner.memory(1, 8, 1, 1)["frozen"] < whole["frozen"] / 7.5
+
+
+def test_the_14b_stage_2_fits_128_devices_on_the_mesh_of_its_config() -> None:
+    run = load_config(str(ROOT / "configs" / "wan14b_distill.py"))
+    planner, mesh = Planner(run, subject(run)), run.mesh
+    assert run.train.batch * mesh.tensor == 128, "one clip for each group of devices that share it"
+    memory = planner.memory(1, mesh.fsdp, mesh.tensor, 1)
+    assert 0.5 * 80e9 < sum(memory.values()) < USABLE * 80e9
+    # Four rings of 40 layers: a sink of one frame and 4 blocks of 3 frames, of 45 x 25 tokens each.
+    rings, sink = 4 * 2 * 40 * 13 * 1125 * 5120, 40 * 1125 * 5120
+    assert memory["cache"] == pytest.approx(2 * (rings + sink) / mesh.tensor, rel=0.01)
 
 
 def test_the_command_prints_a_table() -> None:

@@ -23,7 +23,6 @@ from lavatar_jax.training.student import (
     block_inputs,
     blocks_of,
     make_predict,
-    read_rings,
 )
 from lavatar_jax.types import BlockInput
 from tests.tiny import normal, random_dit, tiny_config
@@ -64,8 +63,8 @@ class Clip:
         audio = self.draw(2, 2, 1, MODEL.audio_layers, MODEL.audio_dim, 4 * FRAMES * BLOCKS)
         return block_inputs(MODEL, SAMPLING, audio, (4, 4), jax.random.key(0))
 
-    def cache(self, model, sampling: SamplingConfig) -> StudentCache:
-        return begin_cache(model, sampling, self.draw(3, 2, 1, 4, 4, 3), self.text)
+    def cache(self, model, sampling: SamplingConfig, rings: int | None = None) -> StudentCache:
+        return begin_cache(model, sampling, self.draw(3, 2, 1, 4, 4, 3), self.text, rings=rings)
 
 
 @pytest.mark.parametrize("history", HISTORIES)
@@ -113,9 +112,13 @@ def streamed(model, x, level, inputs: BlockInputs, cache: StudentCache):
 
 def rollout_by_hand(model, clip: Clip, exit_step: int, config: SelfForcingConfig, cache: StudentCache):
     """All blocks in a Python loop, each step with its ring; gradient through each block's exit step only."""
-    rings = [
-        cache._replace(rings=read_rings(cache.rings, step, MODEL.layers)) for step in range(SAMPLING.steps)
-    ]
+
+    def ring(step: int) -> StudentCache:
+        own = slice(step * MODEL.layers, (step + 1) * MODEL.layers)
+        rings = dataclasses.replace(cache.rings, k=cache.rings.k[own], v=cache.rings.v[own])
+        return cache._replace(rings=rings)
+
+    rings = [ring(step) for step in range(SAMPLING.steps)]
     outputs = []
     for block in range(BLOCKS):
         x, inputs = clip.noise[block], jax.tree.map(lambda leaf, block=block: leaf[block], clip.inputs())
@@ -152,8 +155,8 @@ def by_replay(model, clip: Clip, exits, pull):
     config = sampler_rollout(SelfForcingConfig(transition="euler"), SAMPLING)
     inputs, cache = clip.inputs(), clip.cache(model, SAMPLING)
     done = roll_out(PREDICT, model, clip.noise, None, exits, inputs, cache, config)
-    learning = jnp.ones(BLOCKS, bool)
-    return done.x0, replay_gradient(PREDICT, model, done, inputs, cache, pull, learning, config)
+    learning, one = jnp.ones(BLOCKS, bool), clip.cache(model, SAMPLING, rings=1)
+    return done.x0, replay_gradient(PREDICT, model, done, inputs, one, pull, learning, config)
 
 
 def temporaries(blocks: int) -> int:
@@ -167,7 +170,8 @@ def temporaries(blocks: int) -> int:
         cache = begin_cache(model, sampling, reference, text)
         exits, learning = jnp.full(blocks, 1), jnp.ones(blocks, bool)
         done = roll_out(PREDICT, model, noise, None, exits, inputs, cache, config)
-        return replay_gradient(PREDICT, model, done, inputs, cache, slope + done.x0, learning, config)
+        one = begin_cache(model, sampling, reference, text, rings=1)
+        return replay_gradient(PREDICT, model, done, inputs, one, slope + done.x0, learning, config)
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
