@@ -56,15 +56,21 @@ class BadSteps:
         self.policy, self.total, self.in_a_row = policy, 0, 0
 
     def check(self, step: int, metrics: dict[str, Any], records: Sequence[int] | None) -> str | None:
-        """What was wrong with a step, or None. Metrics: `loss`, and `bad` where the step judges itself."""
+        """What was wrong with a step, or None.
+
+        Metrics: `loss`; `bad` where the step judges itself; `student_turn` where a student learns only now
+        and then: the other steps cannot tell that it is well again.
+        """
         loss = float(metrics["loss"])
         if not metrics.get("bad", 0) and np.isfinite(loss):
-            self.in_a_row = 0
+            if metrics.get("student_turn", 1):
+                self.in_a_row = 0
             return None
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         batch = "unknown records" if records is None else f"records {', '.join(map(str, records))}"
-        norm = f", gradient norm {float(metrics['grad_norm']):.4g}" if "grad_norm" in metrics else ""
-        complaint = f"step {step} was skipped: loss {loss:.4g}{norm}, batch of {batch}"
+        norms = {"gradient norm": "grad_norm", "student's gradient norm": "student_grad_norm"}
+        seen = [f", {label} {float(metrics[name]):.4g}" for label, name in norms.items() if name in metrics]
+        complaint = f"step {step} was skipped: loss {loss:.4g}{''.join(seen)}, batch of {batch}"
         log.warning(complaint)
         return complaint
 

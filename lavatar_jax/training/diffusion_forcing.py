@@ -21,7 +21,7 @@ from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, fit_run, run_step
+from lavatar_jax.training.run import Run, fit_run, note_other_clips, run_step
 from lavatar_jax.training.samples import make_evaluator, make_sampler
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state
 from lavatar_jax.training.weights import LoraConfig, initial_weights
@@ -218,6 +218,7 @@ def train_dit(config: DiTRun) -> TrainState:
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
     )
     size = source.buckets[0].latent_size
+    note_other_clips(size[0], config.clip[0])
     merge = compute_in(weights.merge, train.precision)
     loss = make_loss(merge, config.model, config.loss, remat=train.remat)
     step_fn = run_step(config, loss, optimizer)

@@ -30,7 +30,7 @@ from lavatar_jax.training.dynaforcing import DynaConfig, Reward, load_rewards
 from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
-from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.run import Run, fit_run, note_other_clips
 from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
@@ -176,7 +176,9 @@ def train_distill(config: DistillRun) -> DistillState:
         mesh=mesh,
     )
     frozen = {"params": base, "rewards": [reward.arrays for reward in rewards]}
-    flops = train.batch * sample_flops(config, source.buckets[0].latent_size)
+    size = source.buckets[0].latent_size
+    note_other_clips(size[0], config.clip[0])
+    flops = train.batch * sample_flops(config, size)
     student = make_roles(config).student
     sample = make_sampler(
         source, config.sampling, config.data.vae, lambda state: student(state.average, base)

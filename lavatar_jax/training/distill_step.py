@@ -23,6 +23,7 @@ from lavatar_jax.training.dynaforcing import (
     DynaConfig,
     Reward,
     RewardStatistics,
+    check_starts,
     draw_starts,
     reward_weights,
     update_statistics,
@@ -122,6 +123,10 @@ def create_distill_state(
     return jax.jit(create, out_shardings=shardings)(params, critic)
 
 
+def keep_good(good: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+
 def make_distill_step(
     roles: Roles,
     optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
@@ -145,14 +150,13 @@ def make_distill_step(
     """
     if sampling.history == "noisy" and not rollout.same_exit and rollout.cache == "noisy":
         raise UserError("with a ring for each step all blocks must exit alike: --rollout.same-exit")
+    check_starts(dyna, len(rollout.timesteps))
     grid, critic_scale = rollout.grid, config.critic_rate / train.learning_rate
     steps = len(rollout.timesteps)
     ranges = jnp.array([denoised_range(step, rollout) for step in range(steps)], jnp.int32)
 
-    def stream(
-        state: DistillState, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[Rollout, Any, Any, Array]:
-        """-> (rollout, its inputs, its first cache, which samples began from noised truth)."""
+    def stream(state: DistillState, frozen: Params, batch: Batch, key: Array) -> tuple[Rollout, Any, Array]:
+        """-> (rollout, its inputs, which samples began from noised truth)."""
         keys = jax.random.split(key, 5)
         dit = roles.student(state.params, frozen)
         frames, lead = dit.config.block_frames, config.run_in * dit.config.block_frames
@@ -192,7 +196,7 @@ def make_distill_step(
             truth=blocks_of(truth, frames) if dyna.hybrid else None,
             starts=starts,
         )
-        return done, inputs, cache, hybrid
+        return done, inputs, hybrid
 
     def predict(frozen: Params) -> Any:
         return make_predict(lambda params: roles.student(params, frozen), remat=train.remat)
@@ -252,9 +256,13 @@ def make_distill_step(
 
     def teach_student(
         state: DistillState, frozen: dict[str, Any], batch: Batch, streamed: Any, key: Array, rate: Array
-    ) -> DistillState:
-        done, inputs, cache, hybrid = streamed
+    ) -> tuple[DistillState, Array]:
+        """-> (what it changed, whether gradient and rewards were finite: else it changed only the report)."""
+        done, inputs, hybrid = streamed
         exit_step = done.exits[0]
+        # Made anew, so that the rollout can fill its own rings in place; and one, for all blocks exit alike.
+        dit = roles.student(state.params, frozen["params"])
+        cache = begin_cache(dit, sampling, batch["reference"], batch["text"], rings=1)
         slope, statistics, metrics = student_slope(
             state, frozen, batch, judged_clip(done), hybrid, key, exit_step
         )
@@ -272,9 +280,9 @@ def make_distill_step(
             rollout,
         )
         norm = optax.tree.norm(gradient)
-        params, optimizer = update(
-            optimizers[0], gradient, norm, jnp.isfinite(norm), state.optimizer, state.params, rate
-        )
+        # Rewards are looked at themselves: neither their limits nor `dmd_loss` need let a NaN through.
+        good = jnp.isfinite(norm) & jnp.all(jnp.isfinite(statistics.square))
+        params, optimizer = update(optimizers[0], gradient, norm, good, state.optimizer, state.params, rate)
         latest = jnp.arange(steps) == exit_step
         by_exit = {
             f"dmd_exit_{step}": jnp.where(
@@ -282,15 +290,17 @@ def make_distill_step(
             )
             for step in range(steps)
         }
-        return dataclasses.replace(
+        average = follow(state.average, params, state.updates, train.ema_decay)
+        learned = dataclasses.replace(
             state,
             params=params,
-            average=follow(state.average, params, state.updates, train.ema_decay),
+            average=keep_good(good, average, state.average),
             optimizer=optimizer,
-            rewards=statistics,
-            updates=state.updates + 1,
+            rewards=keep_good(good, statistics, state.rewards),
+            updates=state.updates + good,
             report={**metrics, **by_exit, "student_grad_norm": norm},
         )
+        return learned, good
 
     def update(
         optimizer: optax.GradientTransformation,
@@ -305,7 +315,7 @@ def make_distill_step(
         gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), clip_by_norm(gradient, norm, clip))
         updates, new = optimizer.update(gradient, opt_state, params)
         params = jax.tree.map(lambda p, u: jnp.where(good, p + rate * u, p), params, updates)
-        return params, jax.tree.map(lambda new, old: jnp.where(good, new, old), new, opt_state)
+        return params, keep_good(good, new, opt_state)
 
     def step_fn(
         state: DistillState, frozen: dict[str, Any], batch: Batch, rate: Array
@@ -329,17 +339,18 @@ def make_distill_step(
 
         turn = state.step % config.update_ratio == config.update_ratio - 1
         turn &= good & (state.step >= config.critic_warmup)
-        state = jax.lax.cond(
+        state, student_good = jax.lax.cond(
             turn,
             lambda state: teach_student(state, frozen, batch, streamed, for_student, rate),
-            lambda state: state,
+            lambda state: (state, jnp.array(True)),
             state,
         )
         state = dataclasses.replace(state, step=state.step + 1)
         metrics = {
             "loss": value,
             "grad_norm": norm,
-            "bad": 1.0 - good,
+            "bad": 1.0 - (good & student_good),
+            "student_turn": turn.astype(jnp.float32),
             "spread": jnp.std(clip),
             "updates": state.updates.astype(jnp.float32),
             **state.report,

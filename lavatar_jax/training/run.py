@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ class Run:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def note_other_clips(frames: int, planned: int) -> None:
+    """Say where records are of another length (latent frames) than a config was made for: any will do, but a
+    short clip may never fill the ring or let the sink roll."""
+    if frames != planned:
+        print(
+            f"note: the records hold clips of {frames} latent frames, the config is made for {planned}: "
+            f"prepare the data with --blocks {planned // 3}, or say --clip {frames} ROWS COLUMNS",
+            file=sys.stderr,
+        )
 
 
 def run_step(run: Run, loss: LossFn, optimizer: optax.GradientTransformation) -> TrainStep:

@@ -61,6 +61,11 @@ def contrast(run: DistillRun) -> Reward:
     return Reward(lambda scale, clip, batch: scale * jnp.std(clip, axis=(1, 2, 3, 4)), jnp.ones(()))
 
 
+def broken(run: DistillRun) -> Reward:
+    """A reward that is not a number."""
+    return Reward(lambda _, clip, batch: jnp.full(len(clip), jnp.nan), jnp.ones(()))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> DistillRun:
     """A run on clips of random numbers, from random weights in a model folder."""
@@ -100,9 +105,12 @@ def run(tmp_path: Path) -> DistillRun:
     )
 
 
-def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: DistillRun) -> None:
+def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(
+    run: DistillRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, _ = split_model(random_dit(MODEL))
     state = train_distill(run)
+    assert "clips of 3 latent frames, the config is made for 12" in capsys.readouterr().err
     assert (int(state.step), int(state.updates)) == (4, 2)
     for params in (state.params, state.critic):
         moved = [name for name in before if np.abs(params[name] - before[name]).max() > 1e-4]
@@ -114,6 +122,22 @@ def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(run: Disti
     )
     assert lines[-1]["dmd_gradient_norm"] > 0
     np.testing.assert_allclose(state.rewards.weight, 1 - 0.98**2, rtol=1e-4)
+
+
+def test_a_student_without_finite_rewards_stays_as_it_was_and_the_step_is_named(run: DistillRun) -> None:
+    before, _ = split_model(random_dit(MODEL))
+    run = dataclasses.replace(run, dyna=dataclasses.replace(run.dyna, rewards=((f"{__name__}:broken", 1.0),)))
+    state = train_distill(run)
+    assert (int(state.step), int(state.updates)) == (4, 0)
+    for params in (state.params, state.average):
+        assert all(np.array_equal(params[name], before[name]) for name in before)
+    assert any(np.abs(state.critic[name] - before[name]).max() > 1e-4 for name in before)
+    np.testing.assert_array_equal(state.rewards.mean, 0.0)
+    np.testing.assert_array_equal(state.rewards.weight, 0.0)
+    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
+    bad = [line["bad_step"] for line in lines if "bad_step" in line]
+    assert len(bad) == 2, "every student's turn is a bad step"
+    assert all("student's gradient norm" in step["message"] for step in bad)
 
 
 @pytest.mark.parametrize("stage", ["distill", "ode"])

@@ -81,6 +81,18 @@ def test_skipping_ends_when_nothing_is_good_any_more():
     assert "20 bad steps in a row" in str(bad.error(complaint or ""))
 
 
+def test_a_student_that_never_learns_is_noticed_though_its_critic_does():
+    bad = BadSteps("skip")
+    for step in range(99):
+        turn = step % 5 == 4
+        bad.check(step, {"loss": 1.0, "bad": float(turn), "student_turn": float(turn)}, None)
+        assert not bad.should_stop()
+    bad.check(99, {"loss": 1.0, "bad": 1.0, "student_turn": 1.0}, None)
+    assert bad.should_stop()
+    bad.check(104, {"loss": 1.0, "bad": 0.0, "student_turn": 1.0}, None)
+    assert not bad.should_stop()
+
+
 def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Path):
     quality = {1: 1.0, 2: 5.0, 3: 2.0, 4: float("nan"), 5: 3.0}
     config = CheckpointConfig(keep=2, best="quality")
