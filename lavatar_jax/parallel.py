@@ -87,6 +87,20 @@ def take_devices(count: int, devices: Sequence[jax.Device] | None = None) -> lis
     return found[:count]
 
 
+def claim_devices(count: int, steps: int) -> PipelineLayout:
+    """What `--devices N` of a command line means: the layout of that many devices, which are there.
+
+    To be called before anything is computed, as a CPU is asked for virtual ones. Raises UserError.
+    """
+    try:
+        layout = layout_for(count, steps)
+        ask_for_cpu_devices(count)
+        take_devices(count)
+    except UserError as error:
+        raise UserError(f"--devices {count}: {error}") from None
+    return layout
+
+
 def stage_mesh(layout: PipelineLayout, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of the denoising ring, axes (stage, tensor); a decoder's own device is left out."""
     ring = np.array(devices[: layout.stages * layout.tensor]).reshape(layout.stages, layout.tensor)

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--model", default="tiny", help="shipped model or model folder")
-    add("--stages", type=int, help="stages of the pipeline (default: as many as the devices allow)")
+    add("--stages", type=int, help="stages of the pipeline, with a device each (default: all on one device)")
     add("--shared-decoder", action="store_true", help="the decoder shares the last stage's device")
     add("--slots", type=int, default=1, help="sessions at once")
     add("--size", help="HEIGHTxWIDTH pixels (default: the model's)")

@@ -152,20 +152,14 @@ class Generate:
         """How several devices share the work; None for one, which needs no pipeline."""
         if self.devices == 1:
             return None
-        from lavatar_jax.parallel import ask_for_cpu_devices, layout_for, take_devices
+        from lavatar_jax.parallel import claim_devices
 
         if sampling.decode != "stream":
             raise UserError(
                 f"--devices {self.devices}: --preset {self.preset} decodes whole clips, on one device; "
                 "leave --devices out, or choose release-tpp or paper"
             )
-        try:
-            layout = layout_for(self.devices, sampling.steps)
-            ask_for_cpu_devices(self.devices)
-            take_devices(self.devices)
-        except UserError as error:
-            raise UserError(f"--devices {self.devices}: {error}") from None
-        return layout
+        return claim_devices(self.devices, sampling.steps)
 
     def _check_outputs(self) -> tuple[Path, Path | None]:
         out = check_output(self.out, ".mp4")

@@ -38,32 +38,14 @@ class Busy(UserError):  # noqa: N818 - an answer, not a fault
     """Every slot is taken; a server answers 503 with Retry-After."""
 
 
-def default_layout(steps: int, devices: list[jax.Device]) -> PipelineLayout:
-    """The layout for as many of the devices as can be used.
-
-    Devices of a CPU are threads that share its cores: stages there would spend them on each other's bubbles.
-    """
-    if devices[0].platform == "cpu":
-        return PipelineLayout(stages=1, own_decoder=False)
-    layouts = [PipelineLayout(stages=1, own_decoder=False)] + [
-        PipelineLayout(stages=stages, own_decoder=own)
-        for stages in range(1, steps + 1)
-        for own in (False, True)
-        if steps % stages == 0
-    ]
-    return max(
-        (layout for layout in layouts if layout.devices <= len(devices)),
-        key=lambda layout: (layout.stages, layout.own_decoder),
-    )
-
-
 class SessionHost:
     """Owns a pipeline; its `slots` are places for sessions.
 
-    `size`: (height, width) of the video in pixels, by default the model's. `parts`: blocks are decoded and
-    handed out in so many parts, by default latent by latent, so that a reader has the first frames when a
-    third of the block is decoded. `clock` in seconds, only ever
-    forward. `encode_prompt` turns words into the states of the model's text encoder, where it has one.
+    `layout`: how the pipeline lies on `devices`, by default all of it on the first. `size`: (height, width) of
+    the video in pixels, by default the model's. `parts`: blocks are decoded and handed out in so many parts, by
+    default latent by latent, so that a reader has the first frames when a third of the block is decoded.
+    `clock` in seconds, only ever forward. `encode_prompt` turns words into the states of the model's text
+    encoder, where it has one.
     Call `step` again and again, or `start` a thread that does.
     """
 
@@ -87,7 +69,7 @@ class SessionHost:
         self.size = size or video_sides(config)
         factor = avatar.vae.config.spatial_factor
         height, width = (side // factor for side in self.size)
-        layout = layout or default_layout(config.sampling.steps, list(devices or jax.devices()))
+        layout = layout or PipelineLayout(stages=1, own_decoder=False)
         self.pipeline = Pipeline(
             avatar.dit, avatar.vae, config.sampling,
             height=height, width=width, slots=slots, layout=layout, devices=devices,

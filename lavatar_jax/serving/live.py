@@ -8,15 +8,11 @@ import sys
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from lavatar_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from lavatar_jax.models.avatar import Avatar
-    from lavatar_jax.parallel import PipelineLayout
 
 MOST = 4  # each makes the start longer
 
@@ -109,8 +105,7 @@ class Live:
         )
         check_exposure(config.host, config.api_key)
 
-        from lavatar_jax.checkpoints.store import load_model_folder
-        from lavatar_jax.inference.session_host import SessionHost
+        from lavatar_jax.inference.load_host import prepare_host
         from lavatar_jax.serving.app import create_app
         from lavatar_jax.serving.logs import log_as_json
         from lavatar_jax.serving.server import serve
@@ -119,8 +114,8 @@ class Live:
         scheme = "https" if self.tls_cert else "http"
         shown = f"[{self.host}]" if ":" in self.host else self.host
         address = f"{scheme}://{shown}:{self.port}/"
-        avatar = load_model_folder(self.model)
-        app = create_app(SessionHost(avatar, self.sessions or self._most(), self._layout(avatar)), config)
+        load = prepare_host(self.model, self.devices)
+        app = create_app(load(self.sessions or self._most()), config)
         print(f"serving on {address} (Ctrl-C stops)", file=sys.stderr)
         if self.open and sys.stderr.isatty() and _has_screen():
             threading.Timer(1.0, webbrowser.open, [address]).start()
@@ -155,14 +150,6 @@ class Live:
     def _most(self) -> int:
         """Places to prepare where no number is given. A place of a large model takes gigabytes."""
         return min(MOST, os.cpu_count() or 1) if self.model == "tiny" else 1
-
-    def _layout(self, avatar: Avatar) -> PipelineLayout | None:
-        if self.devices == 1:
-            return None
-        from lavatar_jax.parallel import layout_for, take_devices
-
-        take_devices(self.devices)
-        return layout_for(self.devices, avatar.config.sampling.steps)
 
 
 def _has_screen() -> bool:

@@ -30,6 +30,8 @@ class LiveKit:
     """How they look and behave."""
     model: Annotated[str, arg(metavar="NAME|DIR")] = "tiny"
     """The bundled small model, or a folder with a converted one."""
+    devices: int = 1
+    """Accelerators to use, as for generate."""
     rows: int = 512
     """Smaller videos are enlarged to at least so many rows."""
     watermark: bool = True
@@ -42,6 +44,8 @@ class LiveKit:
             raise UserError("livekit needs the token of a participant, in the environment: LIVEKIT_TOKEN")
         if not self.url.startswith(("ws://", "wss://")):
             raise UserError(f"--url {self.url}: give an address that begins with ws:// or wss://")
+        if not 1 <= self.devices <= 1024:
+            raise UserError(f"--devices {self.devices}: give a number from 1 to 1024")
         load_image(self.image)
         try:
             from livekit import rtc
@@ -51,10 +55,9 @@ class LiveKit:
                 "livekit needs livekit-agents, which is not installed: pip install '.[livekit]'"
             ) from None
 
-        from lavatar_jax.checkpoints.store import load_model_folder
-        from lavatar_jax.inference.session_host import SessionHost
+        from lavatar_jax.inference.load_host import prepare_host
 
-        host = SessionHost(load_model_folder(self.model))
+        host = prepare_host(self.model, self.devices)(1)
         host.start()
 
         async def join() -> None:

@@ -186,6 +186,19 @@ def test_the_session_ends_and_so_does_the_avatar(livekit: None) -> None:
     asyncio.run(scene())
 
 
+def test_it_runs_on_as_many_devices_as_it_is_told(livekit: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: str, devices: int) -> None:
+        raise UserError(f"{devices} devices for {model}")
+
+    monkeypatch.setattr("lavatar_jax.inference.load_host.prepare_host", prepare)
+    monkeypatch.setattr(sys.modules["livekit.agents.voice.avatar"], "DataStreamAudioReceiver", None, False)
+    monkeypatch.setenv("LIVEKIT_TOKEN", "x")
+    with pytest.raises(UserError, match="3 devices for tiny"):
+        LiveKit(url="wss://example.org", devices=3).run()
+    with pytest.raises(UserError, match="--devices 0: give a number"):
+        LiveKit(url="wss://example.org", devices=0).run()
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIVEKIT_TOKEN", raising=False)
     with pytest.raises(UserError, match="LIVEKIT_TOKEN"):

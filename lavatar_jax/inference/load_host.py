@@ -1,0 +1,24 @@
+"""From options of a command line to a session host, in two steps: what can be wrong, then what is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
+from lavatar_jax.inference.session_host import SessionHost
+from lavatar_jax.parallel import claim_devices
+
+
+def prepare_host(model: str, devices: int) -> Callable[[int], SessionHost]:
+    """Checks --model and --devices, as of generate -> a function that loads the model, with so many places.
+
+    Raises UserError, as the function does for damaged weights.
+    """
+    folder = model_folder(model)
+    config = load_config(folder)
+    layout = claim_devices(devices, config.sampling.steps)
+
+    def load(slots: int) -> SessionHost:
+        return SessionHost(load_model_folder(folder), slots, layout)
+
+    return load
