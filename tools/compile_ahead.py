@@ -12,7 +12,6 @@ folder than the default.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import tempfile
@@ -58,9 +57,9 @@ import numpy as np
 from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.prompt_reader import PromptReader
 from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.inference.sound import SAMPLE_RATE
-from lavatar_jax.inference.talk import read_prompt
 from lavatar_jax.parallel import PipelineLayout
 
 
@@ -94,14 +93,13 @@ def serve_once(
     """What a server does with a model, from loading it to a restored session. Seconds since the start."""
     folder = model_folder(model)
     config = load_config(folder)
-    encode = functools.partial(read_prompt, folder, config)
-    prompt = encode("a person talking")
+    encode = None if config.text is None else PromptReader(folder, config)
     avatar = load_model_folder(folder)
     times = {"loaded": time.perf_counter() - START}
     host = SessionHost(avatar, slots=slots, layout=layout, size=size, encode_prompt=encode)
     generator = np.random.default_rng(0)
     photo = generator.integers(0, 255, (*host.size, 3), dtype=np.uint8)
-    session = host.open(photo, prompt=prompt, live=False)
+    session = host.open(photo, prompt="a person talking", live=False)
     config = avatar.config
     block = config.dit.block_frames * avatar.vae.config.temporal_factor / config.fps
     # Until the adaptive sink has come and the pipeline is full, and a little longer.

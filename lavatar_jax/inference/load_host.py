@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
+from lavatar_jax.inference.prompt_reader import PromptReader
 from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.parallel import claim_devices
 
@@ -19,6 +20,7 @@ def prepare_host(model: str, devices: int) -> Callable[[int], SessionHost]:
     layout = claim_devices(devices, config.sampling.steps)
 
     def load(slots: int) -> SessionHost:
-        return SessionHost(load_model_folder(folder), slots, layout)
+        encode = None if config.text is None else PromptReader(folder, config)
+        return SessionHost(load_model_folder(folder), slots, layout, encode_prompt=encode)
 
     return load

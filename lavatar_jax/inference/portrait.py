@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,16 +11,21 @@ from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.conditions import image_conditions
-from lavatar_jax.inference.images import cover_and_crop, load_image, resize_and_crop, size_less_than_area
+from lavatar_jax.inference.images import cover_and_crop, load_image, size_less_than_area
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.words import encode_words
 from lavatar_jax.types import Conditions
 
 
 def video_sides(config: AvatarConfig) -> tuple[int, int]:
-    """(height, width) of the videos a model makes, whatever the photo's proportions, in pixels."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else size_less_than_area(*size, size[0] * size[1])
+    """(height, width) of the videos a host makes, in pixels: one size for photos of all proportions.
+
+    For models of an area it is the square that fits into it, which loses least of tall and of wide photos.
+    """
+    if isinstance(config.image_size, int):
+        return config.image_size, config.image_size
+    area = math.prod(config.image_size)
+    return size_less_than_area(math.isqrt(area), math.isqrt(area), area)
 
 
 def hashed_words(config: AvatarConfig, prompt: str) -> Float[Array, "1 S E"]:
@@ -35,7 +41,7 @@ def portrait_conditions(
     text: Float[Array, "1 S E"],
     size: tuple[int, int],
 ) -> Conditions:
-    """A photo (pixels or a file), resized and cropped as the model was trained to `size` (height, width).
+    """A photo (pixels or a file), which covers `size` (height, width): its middle, without black bars.
 
     Raises UserError for what is no picture.
     """
@@ -46,5 +52,5 @@ def portrait_conditions(
         raise UserError("a picture is a file, or pixels uint8 [height, width, 3]")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"a picture has pixels [height, width, 3], not {list(image.shape)}")
-    fit = cover_and_crop if isinstance(config.image_size, int) else resize_and_crop
-    return image_conditions(config.dit, avatar.vae, config.sampling, fit(image, *size), text)
+    photo = cover_and_crop(image, *size)
+    return image_conditions(config.dit, avatar.vae, config.sampling, photo, text)

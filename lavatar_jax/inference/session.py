@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Self
 
 import numpy as np
@@ -72,11 +73,27 @@ class AvatarSession(SessionCore):
         self._wake(None)
 
     def set_prompt(self, prompt: str | Array) -> None:
-        """How the avatar behaves from the next block on: words, or the states of a model's text encoder."""
+        """How the avatar behaves from the next block on: words, or the states of a model's text encoder.
+
+        Words are read beside the blocks: live, those that are made meanwhile have the old prompt; otherwise
+        this waits. Raises UserError when the session is closed, which words that cannot be read do.
+        """
         with self._lock:
             self.check_open()
-            self.prompt = prompt
-        self._wake(None)
+            before, self._text = self._text, self._read_prompt(prompt)
+            text = self._text
+        if before is not None:
+            before.cancel()  # nobody will look at it
+        if not self.options.live:
+            wait([text])
+        text.add_done_callback(lambda _: self._wake(None))
+
+    def await_prompt(self) -> None:
+        """Until the words that were given last have been read."""
+        with self._lock:
+            text = self._text
+        if text is not None:
+            wait([text])
 
     def read(self, timeout: float | None = 0.0) -> SpokenBlock | None:
         """The next block; None if there is none within `timeout` seconds (None: for ever), or ever again."""

@@ -11,6 +11,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -70,6 +71,7 @@ class SessionCore:
         parts: int,
         clock: Callable[[], float],
         wake: Callable[[SessionCore | None], None],
+        read_prompt: Callable[[str | Array], Future[Array]],
         on_block: OnBlock | None = None,
     ) -> None:
         self.slot, self.options, self.seed = slot, options, seed
@@ -78,12 +80,12 @@ class SessionCore:
         self.outbox = Outbox(options.unread * parts)
         self.paused = False
         self.interrupted = False  # until the host has told the pipeline
-        self.prompt: str | Array | None = None  # a new one, until the host has set it
         # Adaptive sink: from block `adapt_at` on, block 0's first latent replaces the photo.
         self.adapt_at: int | None = None
         self.adapted: Array | None = None
         self.motion: Array | None = None
-        self._clock, self._wake = clock, wake
+        self._clock, self._wake, self._read_prompt = clock, wake, read_prompt
+        self._text: Future[Array] | None = None  # of a new prompt, until the host has set it
         self._hearing, self._draws = hearing, draws
         self._queue = AudioQueue(int(options.queued * SAMPLE_RATE))
         self._pace = Pace(hearing.block / SAMPLE_RATE, options.cushion)
@@ -125,6 +127,15 @@ class SessionCore:
                 return start - self.options.lead
             expecting = not self._ended and self._quiet < PAUSE
             return start + self.options.slack if expecting else start
+
+    def new_text(self) -> Array | None:
+        """The states of a new prompt, once, when they have been read. Raises what reading them raised."""
+        with self._lock:
+            text = self._text
+            if text is None or not text.done():
+                return None
+            self._text = None
+        return text.result()
 
     def _unheard(self) -> bool:
         """Whether there is sound that is in no block yet."""

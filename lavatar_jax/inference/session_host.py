@@ -22,6 +22,7 @@ from lavatar_jax.inference.hearing import Hearing, try_ear
 from lavatar_jax.inference.listen import frames_per_block, make_stream
 from lavatar_jax.inference.pipeline import Pipeline
 from lavatar_jax.inference.portrait import hashed_words, portrait_conditions, video_sides
+from lavatar_jax.inference.prompt_reader import PromptDesk
 from lavatar_jax.inference.rollout import Draws
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_core import SessionCore, SessionOptions
@@ -41,11 +42,11 @@ class Busy(UserError):  # noqa: N818 - an answer, not a fault
 class SessionHost:
     """Owns a pipeline; its `slots` are places for sessions.
 
-    `layout`: how the pipeline lies on `devices`, by default all of it on the first. `size`: (height, width) of
-    the video in pixels, by default the model's. `parts`: blocks are decoded and handed out in so many parts, by
-    default latent by latent, so that a reader has the first frames when a third of the block is decoded.
-    `clock` in seconds, only ever forward. `encode_prompt` turns words into the states of the model's text
-    encoder, where it has one.
+    `layout`: how the pipeline lies on `devices`, by default all of it on the first. `size`: (height, width)
+    of the video in pixels, by default the model's. `parts`: blocks are decoded and handed out in so many
+    parts, by default latent by latent, so that a reader has the first frames when a third of the block is
+    decoded. `clock` in seconds, only ever forward. `encode_prompt` turns words into the states of the model's
+    text encoder, where it has one.
     Call `step` again and again, or `start` a thread that does.
     """
 
@@ -77,7 +78,8 @@ class SessionHost:
         self._encode_prompt = encode_prompt or functools.partial(hashed_words, config)
         self._block_frames = frames_per_block(avatar)
         self._ear = try_ear(make_stream(avatar), self._block_frames, config.fps)
-        self._loop = SessionLoop(self.pipeline, clock, self._encode_prompt, self._ear.silence, self.parts)
+        self._prompts = PromptDesk(self._encode_prompt)
+        self._loop = SessionLoop(self.pipeline, clock, self._ear.silence, self.parts)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -166,6 +168,7 @@ class SessionHost:
             parts=self.parts,
             clock=self.clock,
             wake=self._woken,
+            read_prompt=self._prompts.read,
             on_block=on_block,
         )
 
@@ -176,10 +179,12 @@ class SessionHost:
 
         Its blocks under way come out first, to its reader; it can go on here too. Raises UserError.
         """
+        session.await_prompt()  # which the saved session shall have
         with self._loop.lock:
             session.check_open()
             session.paused = True
             try:
+                self._loop.set_text(session)
                 slot = None
                 while slot is None:
                     try:

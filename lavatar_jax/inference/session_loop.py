@@ -34,12 +34,11 @@ class SessionLoop:
         self,
         pipeline: Pipeline,
         clock: Callable[[], float],
-        encode_prompt: Callable[[str], Float[Array, "1 S E"]],
         silence: Float[np.ndarray, "L A T"],
         parts: int,
     ) -> None:
         self._parts = parts
-        self.pipeline, self._clock, self._encode_prompt = pipeline, clock, encode_prompt
+        self.pipeline, self._clock = pipeline, clock
         self.places: dict[int, AvatarSession | None] = {}
         self._hush = Hush(pipeline, silence)
         self.lock = FairLock()
@@ -80,16 +79,19 @@ class SessionLoop:
                 if session.interrupted:
                     session.interrupted = False
                     self._hush(session.slot)
-                if session.prompt is not None:
-                    prompt, session.prompt = session.prompt, None
-                    text = self._encode_prompt(prompt) if isinstance(prompt, str) else prompt
-                    self.pipeline.set_text(session.slot, text)
+                self.set_text(session)
                 feed = session.next_feed(self._clock())
                 if feed is not None:
                     feeds[session.slot] = feed
                     if feed.index == session.adapt_at and session.adapted is not None:
                         self.pipeline.set_sink(session.slot, session.adapted, session.motion)
         return feeds
+
+    def set_text(self, session: AvatarSession) -> None:
+        """Hands a new prompt of the session over to the pipeline, once it has been read."""
+        text = session.new_text()
+        if text is not None:
+            self.pipeline.set_text(session.slot, text)
 
     def tick(self, feeds: dict[int, Feed]) -> None:
         """One tick; frames of the tick before are handed out while the devices are at it."""

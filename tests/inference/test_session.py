@@ -13,6 +13,7 @@ import pytest
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.hearing import FADE
+from lavatar_jax.inference.prompt_reader import PromptDesk
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_host import Busy, SessionHost
 from lavatar_jax.inference.talk import photo_conditions, talk
@@ -560,6 +561,48 @@ def test_a_prompt_can_change() -> None:
 
     np.testing.assert_array_equal(last(["calm", "calm"]), last(["calm", "calm"]))
     assert (last(["calm", "angry"]) != last(["calm", "calm"])).any()
+
+
+def test_nobody_waits_for_a_prompt_that_is_being_read(monkeypatch, tmp_path) -> None:
+    """Neither who sends it nor the blocks; only who saves the session, which shall have it."""
+    host, begun, read = make_host(), threading.Event(), threading.Event()
+    encode = host._encode_prompt
+    seen = []
+
+    def slowly(prompt: str):
+        seen.append(prompt)
+        begun.set()
+        assert read.wait(60)
+        return encode(prompt)
+
+    monkeypatch.setattr(host, "_prompts", PromptDesk(slowly))
+    session = host.open(photo(), prompt="calm")
+    before = np.asarray(host.pipeline.text.k)
+    session.set_prompt("slow")
+    assert begun.wait(60)
+    session.set_prompt("never mind")
+    session.set_prompt("angry")
+    blocks = []
+    run(host, 1.5, lambda: blocks.extend(drain(session)))
+    assert len(blocks) == 4
+    np.testing.assert_array_equal(np.asarray(host.pipeline.text.k), before)
+    saving = threading.Thread(target=host.save, args=(session, tmp_path / "session"))
+    saving.start()
+    saving.join(0.1)
+    assert saving.is_alive()
+    read.set()
+    saving.join(60)
+    assert seen == ["slow", "angry"]
+    after = np.asarray(host.pipeline.text.k)
+    assert (after != before).any()
+    session.close()
+    host.restore(tmp_path / "session")
+    np.testing.assert_array_equal(np.asarray(host.pipeline.text.k), after)
+    other = host.open(photo(), live=False)
+    now = np.asarray(host.pipeline.text.k)
+    other.set_prompt("joyful")  # not live: this has waited
+    host.step()
+    assert (np.asarray(host.pipeline.text.k) != now).any()
 
 
 def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None:

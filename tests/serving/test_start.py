@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("aiortc")
 
+from starlette.testclient import TestClient
+
+from lavatar_jax.checkpoints.conversion import Task, convert_folder
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.load_host import prepare_host
 from lavatar_jax.parallel import PipelineLayout
 from lavatar_jax.serving.live import Live
+from tests import published
+from tests.serving.conftest import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = PipelineLayout(stages=1, own_decoder=False)
@@ -77,3 +84,43 @@ def test_live_hands_its_devices_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavatar_jax.inference.load_host.prepare_host", prepare)
     assert run(Live(port=18_765, devices=3).run) == 2
     assert asked == [("tiny", 3)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as tools/convert.py makes it, with a text encoder and a speech encoder, for 64x64 pixels."""
+    pytest.importorskip("torch")
+    pytest.importorskip("tokenizers")
+    from tools.pth import PickledTensors
+
+    source = published.write_published(tmp_path_factory.mktemp("published"))
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert_folder(Task(wan=source.wan, out=folder), PickledTensors)
+    config = json.loads((folder / "config.json").read_text())
+    sampling = config["sampling"] | {"steps": 1, "ring_blocks": 1}  # there is less to compile
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": [64, 64], "sampling": sampling}))
+    return folder
+
+
+def test_a_converted_model_is_served(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words open a session and change it; its text encoder is loaded once."""
+    apps: list[Any] = []
+    monkeypatch.setattr("lavatar_jax.serving.server.serve", lambda app, *_: apps.append(app))
+    Live(port=18_766, model=str(converted), sessions=1, data=tmp_path, tts="off", watermark=False).run()
+    (app,) = apps
+    monkeypatch.setattr("lavatar_jax.inference.prompt_reader.load_text_encoder", None)
+    with TestClient(app, base_url="http://127.0.0.1:18766", client=("127.0.0.1", 50_000)) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200 or app.state.services.sessions.failed, 500)
+        opened = client.post("/v1/sessions", json={"prompt": "a person talking"})
+        assert opened.status_code == 201, opened.text
+        bearer = {"Authorization": f"Bearer {opened.json()['token']}"}
+        path = f"/v1/sessions/{opened.json()['id']}"
+        session = app.state.services.sessions.rooms[opened.json()["id"]].session
+        pipeline = app.state.services.sessions.host.pipeline
+        before = np.asarray(pipeline.text.k)
+        assert client.patch(path, json={"prompt": "smiling"}, headers=bearer).status_code == 200
+        wait_for(lambda: (np.asarray(pipeline.text.k) != before).any())
+        assert session.reason is None
+        wait_for(lambda: session.stats.blocks > 2)
