@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 
 from lavatar_jax.checkpoints.convert import Rule, key_of, rule_of
-from lavatar_jax.checkpoints.manifest import bytes_of
+from lavatar_jax.checkpoints.lora_keys import DEFAULT_SCALE
+from lavatar_jax.checkpoints.manifest import bytes_of, read_manifest
 from lavatar_jax.checkpoints.orbax_store import open_leaf, stored_leaves
 from lavatar_jax.checkpoints.published import FILES, RULES, SPEECH, TOKENIZER, dit_settings
 from lavatar_jax.checkpoints.sources import DTYPES, SafetensorsFile
-from lavatar_jax.checkpoints.store import DIT, VAE, load_config, model_folder
+from lavatar_jax.checkpoints.store import DIT, VAE, is_converted, load_config, model_folder
 from lavatar_jax.checkpoints.tables_vae import VAE_RULES
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.wav2vec2 import Wav2Vec2Config
@@ -80,7 +81,7 @@ def export_folder(name: str | Path, out: Path, *, shard_bytes: int = SHARD_BYTES
         counts[component] = len(tensors)
         if component == "dit":
             write_shards(temporary, tensors, shard_bytes)
-            if adapters := list(_adapter_tensors(parameters, rules)):
+            if adapters := list(_adapter_tensors(parameters, rules, _adapters_scale(folder))):
                 write_safetensors(temporary / LORA, adapters)
                 counts["lora"] = len(adapters)
         else:
@@ -192,17 +193,39 @@ def _bind(inverse: Callable[[np.ndarray], np.ndarray], read: ReadPart, layer: in
     return lambda: inverse(read(layer))
 
 
-def _adapter_tensors(parameters: Iterable[Parameter], rules: Sequence[Rule]) -> Iterator[Tensor]:
-    """Adapters that were kept beside the weights, in peft's spelling."""
+def _adapter_tensors(
+    parameters: Iterable[Parameter], rules: Sequence[Rule], scale: float
+) -> Iterator[Tensor]:
+    """Adapters that were kept beside the weights, in peft's spelling, with an alpha for each.
+
+    `scale`: the factor of all in the folder. In the file it is the released adapters' 0.5, which their loader
+    applies to everything, and the rest is multiplied into B; alpha tells the same to all other readers.
+    """
+
+    factor = scale / DEFAULT_SCALE
+
+    def scaled(b: np.ndarray) -> np.ndarray:
+        return b.T if factor == 1 else b.T * b.dtype.type(factor)
+
     for parameter in parameters:
         weight, _, part = parameter.path.rpartition(".")
         if part not in ("a", "b") or (rule := rule_of(rules, weight)) is None:
             continue
         for layer in range(parameter.shape[0]) if rule.stacked else [None]:
-            module = (key_of([rule], weight, layer) or weight).removesuffix(".weight")
-            key = f"base_model.model.{module}.lora_{part.upper()}.default.weight"
+            module = f"base_model.model.{(key_of([rule], weight, layer) or weight).removesuffix('.weight')}"
             shape = parameter.shape[-2:][::-1]
-            yield Tensor(key, shape, parameter.dtype, _bind(np.transpose, parameter.read, layer))
+            key = f"{module}.lora_{part.upper()}.default.weight"
+            form = np.transpose if part == "a" else scaled
+            yield Tensor(key, shape, parameter.dtype, _bind(form, parameter.read, layer))
+            if part == "a":
+                alpha = np.float32(DEFAULT_SCALE * shape[0])
+                yield Tensor(f"{module}.alpha", (), alpha.dtype, functools.partial(np.asarray, alpha))
+
+
+def _adapters_scale(folder: Path) -> float:
+    """alpha / rank of the adapters that a folder keeps beside its weights."""
+    record = read_manifest(folder).lora if is_converted(folder) else None
+    return DEFAULT_SCALE if record is None else float(record["scale"])
 
 
 def write_shards(folder: Path, tensors: Sequence[Tensor], shard_bytes: int) -> None:

@@ -151,9 +151,34 @@ def test_adapters_can_stay_beside_the_weights_and_go_back(source: Published, tmp
     assert (weight.base.dtype, weight.a.dtype, weight.scale) == (jnp.float32, jnp.float32, 0.5)
     assert command(export_main, tmp_path / "model", "--out", tmp_path / "torch") == 0
     found = load_file(tmp_path / "torch" / published.LORA)
-    assert found.keys() == source.adapters.keys()
+    alphas = {key for key in found if key.endswith(".alpha")}
+    assert found.keys() - alphas == source.adapters.keys()
+    assert len(alphas) == len(source.adapters) // 2
     for key, tensor in source.adapters.items():
         np.testing.assert_array_equal(found[key], tensor, strict=True, err_msg=key)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alpha = rank", "mixed"])
+def test_adapters_change_as_much_when_they_come_back(source: Published, tmp_path: Path, mixed: bool) -> None:
+    """For a reader that knows alpha, and for the released one, which takes 0.5 for everything."""
+    given = dict(source.adapters)
+    for number, key in enumerate(source.adapters):
+        if ".lora_A." in key:
+            alpha = float([1, 2, 4, 8][number // 2 % 4] if mixed else published.LORA_RANK)
+            given[f"{key.split('.lora_A.')[0]}.alpha"] = np.array(alpha, np.float32)
+    save_file(given, tmp_path / "given.safetensors")
+    task = task_of(source, tmp_path / "model", lora=tmp_path / "given.safetensors", merge=False)
+    convert_folder(task, PickledTensors)
+    assert command(export_main, tmp_path / "model", "--out", tmp_path / "torch") == 0
+    exported = load_file(tmp_path / "torch" / published.LORA)
+    pairs, wanted = read_lora(exported), read_lora(given)
+    assert pairs.keys() == wanted.keys()
+    assert {pair.scale() for pair in wanted.values()} == ({0.25, 0.5, 1, 2} if mixed else {1})
+    for module, pair in pairs.items():
+        want = wanted[module].scale() * wanted[module].b @ wanted[module].a
+        np.testing.assert_allclose(0.5 * pair.b @ pair.a, want, rtol=1e-5, atol=1e-7, err_msg=module)
+        assert pair.scale() == 0.5
+        assert pair.alpha is not None
 
 
 def test_the_way_to_pytorch_and_back_keeps_every_bit(source: Published, bf16: Path, tmp_path: Path) -> None:
