@@ -41,7 +41,10 @@ class SessionState(NamedTuple):
 
 
 def save_state(path: str | Path, state: SessionState) -> None:
-    """Writes a `.safetensors` file, under a temporary name first. Raises UserError."""
+    """Writes a `.safetensors` file that only its owner can read: there is a face and a voice in it.
+
+    Under a temporary name first. Raises UserError.
+    """
     path = Path(path)
     slot = state.slot._replace(next_block=0, drop_frames=0)
     arrays = dict(_named(state._replace(slot=slot, numbers={}, model={})))
@@ -52,6 +55,7 @@ def save_state(path: str | Path, state: SessionState) -> None:
     part = temporary_name(path)
     try:
         with write_errors(path):
+            part.touch(mode=0o600)  # before there is anything to read
             save_file(plain, part, metadata={"session": json.dumps(about)})
             os.replace(part, path)
     except SafetensorError as error:

@@ -141,7 +141,8 @@ class Live:
         for folder in (self.recordings, self.state):
             try:
                 if folder is not None:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    private = 0o700 if folder == self.state else 0o777
+                    folder.mkdir(parents=True, exist_ok=True, mode=private)
             except OSError as error:
                 raise UserError(f"{folder}: this folder cannot be made ({error.strerror})") from None
         if self.faces is not None and not self.faces.is_dir():

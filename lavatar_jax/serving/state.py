@@ -20,7 +20,10 @@ STALE = 600.0  # seconds: nobody waits longer for a server to come back
 
 
 class SavedRooms:
-    """Two files a session: what the model remembers, and who may go on with it (digests of tokens only)."""
+    """Two files a session: what the model remembers, and who may go on with it (digests of tokens only).
+
+    Only their owner can read them, or look into the folder, unless it was there: it stays as it is then.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -43,8 +46,8 @@ class SavedRooms:
         }
         path = self._folder / f"{identity.id}.json"
         part = temporary_name(path)
+        part.touch(mode=0o600)  # before there is anything to read
         part.write_text(json.dumps(about))
-        part.chmod(0o600)
         os.replace(part, path)
 
     def restore(self, host: SessionHost) -> list[tuple[Identity, dict[str, Any], AvatarSession]]:

@@ -412,6 +412,7 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
         host.step()
     host.save(session, tmp_path / "session.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["session.safetensors"]
+    assert (tmp_path / "session.safetensors").stat().st_mode & 0o777 == 0o600
     got = drain(session)
     assert 0 < len(got) < 7
     elsewhere = make_host(STAGES, name="elsewhere")

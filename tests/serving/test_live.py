@@ -387,6 +387,8 @@ def test_stopped_under_load_and_started_again(tmp_path: Path, live: Live) -> Non
         (file,) = settings["recordings"].glob("*.mp4")
         with av.open(str(file)) as container:
             assert sum(1 for _ in container.decode(video=0)) > 24
+    assert settings["state"].stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in settings["state"].iterdir()} == {0o600}
     (saved,) = settings["state"].glob("*.json")
     assert session["token"] not in saved.read_text()
     with running(tmp_path, **settings) as second:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from lavatar_jax.checkpoints.conversion import Task, convert_folder
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.load_host import prepare_host
+from lavatar_jax.inference.pipeline import SlotState
+from lavatar_jax.inference.session_state import SessionState, save_state
+from lavatar_jax.models.attention import KV, RingCache
 from lavatar_jax.parallel import PipelineLayout
 from lavatar_jax.serving.live import Live
 from tests import published
@@ -84,6 +88,27 @@ def test_live_hands_its_devices_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavatar_jax.inference.load_host.prepare_host", prepare)
     assert run(Live(port=18_765, devices=3).run) == 2
     assert asked == [("tiny", 3)]
+
+
+def test_nobody_else_looks_at_saved_sessions(tmp_path: Path) -> None:
+    """Whatever the umask; a folder that was there may be shared on purpose, its files are not."""
+    before = os.umask(0)
+    try:
+        Live(state=tmp_path / "new")._check()
+        (tmp_path / "old").mkdir()
+        Live(state=tmp_path / "old")._check()
+        part = tmp_path / "session"
+        save_state(part, state())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"new": 0o700, "old": 0o777, "session": 0o600}
+
+
+def state() -> SessionState:
+    empty = np.zeros(1, np.float32)
+    slot = SlotState(0, RingCache(empty, empty, empty), KV(empty, empty), empty, (), 0)
+    return SessionState(slot, {}, empty, None, None, None, {}, {})
 
 
 @pytest.fixture(scope="module")
