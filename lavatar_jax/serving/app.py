@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -15,7 +17,7 @@ from lavatar_jax.serving.config import Limits, ServerConfig
 from lavatar_jax.serving.consent import ConsentLog
 from lavatar_jax.serving.credentials import Credentials
 from lavatar_jax.serving.errors import Catch, add_error_handlers
-from lavatar_jax.serving.faces import load_faces
+from lavatar_jax.serving.faces import Face, load_faces
 from lavatar_jax.serving.limits import BodyLimit, Rate, RateLimit
 from lavatar_jax.serving.logs import AccessLog
 from lavatar_jax.serving.metrics import Metrics
@@ -23,28 +25,42 @@ from lavatar_jax.serving.security import LOOPBACK, SameSite, is_loopback
 from lavatar_jax.serving.services import Services
 from lavatar_jax.serving.sessions import Sessions
 from lavatar_jax.serving.speech import Speech
-from lavatar_jax.serving.tts import find_tts
+from lavatar_jax.serving.tts import TextToSpeech, find_tts
 
 FORM_BYTES = 64 << 10  # what is around an upload
 
 
-def create_app(host: SessionHost, config: ServerConfig) -> FastAPI:
-    """A server of a host that has not been started. Raises UserError."""
-    metrics = Metrics()
-    faces, tts = load_faces(config.faces), find_tts(config.tts, config.tts_url)
-    limits, sign = config.limits, None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a server needs besides a model."""
+
+    faces: dict[str, Face]
+    tts: TextToSpeech | None
+    sign: Callable[[Path], None] | None  # finished recordings
+
+
+def find_extras(config: ServerConfig) -> Extras:
+    """Takes a moment, unlike a model: what is wrong here is told before one is loaded. Raises UserError."""
+    sign = None
     if config.c2pa_certificate is not None and config.c2pa_key is not None:
         sign = Credentials(config.c2pa_certificate, config.c2pa_key).sign
+    return Extras(faces=load_faces(config.faces), tts=find_tts(config.tts, config.tts_url), sign=sign)
+
+
+def create_app(host: SessionHost, config: ServerConfig, extras: Extras | None = None) -> FastAPI:
+    """A server of a host that is not started yet. `extras`: if they were found already. Raises UserError."""
+    metrics, limits = Metrics(), config.limits
+    extras = extras or find_extras(config)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        sessions = Sessions(host, config, metrics, sign)
-        speech = Speech(tts, limits, level=sessions.listens_to_loudness)
+        sessions = Sessions(host, config, metrics, extras.sign)
+        speech = Speech(extras.tts, limits, level=sessions.listens_to_loudness)
         app.state.services = Services(
             config=config,
             sessions=sessions,
             metrics=metrics,
-            faces=faces,
+            faces=extras.faces,
             speech=speech,
             consents=ConsentLog(config.data / "consent.jsonl"),
             creations=Rate(limits.creations_per_minute / 60, limits.creations_burst),

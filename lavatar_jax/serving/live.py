@@ -106,16 +106,19 @@ class Live:
         check_exposure(config.host, config.api_key)
 
         from lavatar_jax.inference.load_host import prepare_host
-        from lavatar_jax.serving.app import create_app
+        from lavatar_jax.serving.app import create_app, find_extras
         from lavatar_jax.serving.logs import log_as_json
-        from lavatar_jax.serving.server import serve
+        from lavatar_jax.serving.server import check_address, serve
+
+        extras = find_extras(config)
+        check_address(config)
+        load = prepare_host(self.model, self.devices)
 
         log_as_json()
         scheme = "https" if self.tls_cert else "http"
         shown = f"[{self.host}]" if ":" in self.host else self.host
         address = f"{scheme}://{shown}:{self.port}/"
-        load = prepare_host(self.model, self.devices)
-        app = create_app(load(self.sessions or self._most()), config)
+        app = create_app(load(self.sessions or self._most()), config, extras)
         print(f"serving on {address} (Ctrl-C stops)", file=sys.stderr)
         if self.open and sys.stderr.isatty() and _has_screen():
             threading.Timer(1.0, webbrowser.open, [address]).start()
@@ -138,6 +141,10 @@ class Live:
             for path in given:
                 if path is not None and not path.is_file():
                     raise UserError(f"{path}: no such file")
+        if self.tls_cert is not None and self.tls_key is not None:
+            from lavatar_jax.serving.server import check_certificate
+
+            check_certificate(self.tls_cert, self.tls_key)
         for folder in (self.recordings, self.state):
             try:
                 if folder is not None:

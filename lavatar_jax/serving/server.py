@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from pathlib import Path
 
 import uvicorn
@@ -56,6 +57,25 @@ def serve(
 ) -> None:
     """Until SIGTERM or Ctrl-C. Raises UserError when the port is taken."""
     offer_loopback()
+    check_address(config)
+    with contextlib.suppress(KeyboardInterrupt):  # raised again when all has ended well
+        make_server(app, config, certificate, key).run()
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Raises UserError unless a server can speak TLS with these PEM files."""
+    try:
+        # A key with a password is refused, which would otherwise be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError):  # SSLError is the first
+        raise UserError(
+            f"--tls-cert {certificate} and --tls-key {key} do not serve: give a PEM certificate and its key, "
+            "without a password"
+        ) from None
+
+
+def check_address(config: ServerConfig) -> None:
+    """Raises UserError when the port is taken."""
     with contextlib.closing(
         socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     ) as probe:
@@ -65,5 +85,3 @@ def serve(
         except OSError as error:
             where = f"--host {config.host} --port {config.port}"
             raise UserError(f"{where}: cannot listen there ({error.strerror}); choose another") from None
-    with contextlib.suppress(KeyboardInterrupt):  # raised again when all has ended well
-        make_server(app, config, certificate, key).run()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("aiortc")
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from starlette.testclient import TestClient
 
 from lavatar_jax.checkpoints.conversion import Task, convert_folder
@@ -149,3 +155,71 @@ def test_a_converted_model_is_served(
         wait_for(lambda: (np.asarray(pipeline.text.k) != before).any())
         assert session.reason is None
         wait_for(lambda: session.stats.blocks > 2)
+
+
+# What is wrong is told before a model is loaded
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(name: str) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("lavatar_jax.inference.load_host.load_model_folder", load)
+    monkeypatch.chdir(tmp_path)
+
+
+def pem_files(password: bytes | None = None) -> tuple[Path, Path]:
+    """A certificate and its key, as new files here."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "avatar.example")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    signed = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    number = len(list(Path().glob("*.pem")))
+    files = Path(f"cert{number}.pem"), Path(f"key{number}.pem")
+    files[0].write_bytes(signed.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, lock))
+    return files
+
+
+def refused(capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    """The one line that `live` says."""
+    assert run(Live(**{"port": 18_767, "tts": "off"} | options).run) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_certificates_are_tried(nothing_loaded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    good, other, locked = pem_files(), pem_files(), pem_files(b"password")
+    Path("text.pem").write_text("this is no certificate")
+    for cert, key in ((good[0], other[1]), locked, (Path("text.pem"), good[1]), (good[0], Path("text.pem"))):
+        assert f"--tls-cert {cert} and --tls-key {key}" in refused(capsys, tls_cert=cert, tls_key=key)
+    with pytest.raises(AssertionError, match="is being loaded"):
+        Live(port=18_767, tls_cert=good[0], tls_key=good[1]).run()
+
+
+def test_what_a_server_needs_is_looked_for(nothing_loaded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("faces").mkdir()
+    assert "there is no picture in it" in refused(capsys, faces=Path("faces"))
+    assert "--tts http" in refused(capsys, tts="http")
+    assert "--devices 7: " in refused(capsys, devices=7)
+    assert "no such model folder" in refused(capsys, model="nowhere")
+
+
+def test_a_pair_that_cannot_sign(nothing_loaded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("c2pa")
+    cert, _ = pem_files()
+    assert "no private key" in refused(capsys, c2pa_cert=cert, c2pa_key=cert)
+
+
+def test_a_port_that_is_taken(nothing_loaded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port}: cannot listen there" in refused(capsys, port=port)
