@@ -22,6 +22,7 @@ import jax
 
 from lavatar_jax import __version__
 from lavatar_jax.checkpoints import orbax_store
+from lavatar_jax.checkpoints.disk import check_space
 from lavatar_jax.checkpoints.journal import Journal
 from lavatar_jax.checkpoints.lora_keys import LoraPair, extra_keys, read_lora
 from lavatar_jax.checkpoints.manifest import Component, Manifest, SourceFile, Stored, hash_file
@@ -39,7 +40,7 @@ from lavatar_jax.checkpoints.published import (
 from lavatar_jax.checkpoints.sources import LazyTensors, SafetensorsFile
 from lavatar_jax.checkpoints.store import config_to_json
 from lavatar_jax.checkpoints.stream_write import Output, write_output
-from lavatar_jax.errors import UserError
+from lavatar_jax.errors import UserError, write_errors
 
 JOURNAL = "journal.jsonl"
 
@@ -101,10 +102,13 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
     """Convert, or go on with a conversion that was stopped. `open_pickle` opens .pth and .bin files.
 
     Peak memory is below twice the largest tensor plus a GiB. Raises UserError for everything that is wrong
-    with the files, a result that is there already, too little space, and a begun conversion of another task.
+    with the files, a result that is there already or cannot be written, too little space, and a begun
+    conversion of another task.
     """
     progress = progress or Silent()
-    if task.out.exists():
+    with write_errors(task.out):
+        exists = task.out.exists()
+    if exists:
         raise UserError(f"{task.out} exists already; give another --out, or remove it")
     prepared = prepare(task, open_pickle)
     for plan in prepared.plans.values():
@@ -112,9 +116,11 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
     partial = task.out.with_name(task.out.name + ".partial")
     sizes = {name: [output.nbytes for output in prepared.outputs(name)] for name in prepared.plans}
     total = sum(map(sum, sizes.values()))
-    _check_space(partial, total)
-    partial.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Journal(partial / JOURNAL, _task_record(task, prepared))) as journal:
+    with write_errors(task.out):
+        check_space(partial, total)
+        partial.mkdir(parents=True, exist_ok=True)
+        opened = Journal(partial / JOURNAL, _task_record(task, prepared))
+    with contextlib.closing(opened) as journal:
         progress.begin(sum(file.stat().st_size for file in prepared.files), total)
         with _hashing(prepared.files, journal, progress.hashed) as collect:
             components = {}
@@ -132,9 +138,10 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
             lora=_lora_record(task, prepared, hashes),
             components=components,
         )
-        _finish(partial, prepared, manifest)
-        os.replace(partial, task.out)
-        _sync(task.out.parent)
+        with write_errors(task.out):
+            _finish(partial, prepared, manifest)
+            os.replace(partial, task.out)
+            _sync(task.out.parent)
         (task.out / JOURNAL).unlink()
     return manifest
 
@@ -266,17 +273,6 @@ def _common_scale(pairs: dict[str, LoraPair]) -> float:
     """The factor of all pairs; 1 where they differ."""
     scales = {pair.scale() for pair in pairs.values()}
     return scales.pop() if len(scales) == 1 else 1.0
-
-
-def _check_space(partial: Path, needed: int) -> None:
-    place = next(parent for parent in partial.absolute().parents if parent.is_dir())
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    free = shutil.disk_usage(place).free
-    if needed - there > free:
-        raise UserError(
-            f"{place} has {free / 1e9:.1f} GB of free space, the result needs "
-            f"{(needed - there) / 1e9:.1f} GB; give an --out on a larger disk"
-        )
 
 
 def _name(file: Path, task: Task) -> str:

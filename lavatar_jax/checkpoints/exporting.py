@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lavatar_jax.checkpoints.convert import Rule, key_of, rule_of
+from lavatar_jax.checkpoints.disk import check_space
 from lavatar_jax.checkpoints.lora_keys import DEFAULT_SCALE
 from lavatar_jax.checkpoints.manifest import bytes_of, read_manifest
 from lavatar_jax.checkpoints.orbax_store import open_leaf, stored_leaves
@@ -25,7 +26,8 @@ from lavatar_jax.checkpoints.published import FILES, RULES, SPEECH, TOKENIZER, d
 from lavatar_jax.checkpoints.sources import DTYPES, SafetensorsFile
 from lavatar_jax.checkpoints.store import DIT, VAE, is_converted, load_config, model_folder
 from lavatar_jax.checkpoints.tables_vae import VAE_RULES
-from lavatar_jax.errors import UserError
+from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.wav2vec2 import Wav2Vec2Config
 
 SHARD_BYTES = 5 * 10**9
@@ -62,42 +64,61 @@ class Tensor:
 def export_folder(name: str | Path, out: Path, *, shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
     """Write the PyTorch form of a model folder, or of a shipped model; -> tensors by component.
 
-    Raises UserError if `out` is there already, or the folder is damaged.
+    Raises UserError if `out` is there already or cannot be written, the disk is too small, or the folder is
+    damaged; nothing is left behind then.
     """
-    if out.exists():
+    with write_errors(out):
+        exists = out.exists()
+    if exists:
         raise UserError(f"{out} exists already; give another --out, or remove it")
     folder = model_folder(name)
     config = load_config(folder)
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    counts = {}
+    files = _files(folder, config)
+    partial = out.with_name(out.name + ".partial")
+    with write_errors(out):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            check_space(partial, sum(tensor.nbytes for tensors in files.values() for tensor in tensors))
+            partial.mkdir(parents=True)
+            for component, tensors in files.items():
+                if component == "dit":
+                    write_shards(partial, tensors, shard_bytes)
+                else:
+                    file = partial / _file_of(component, config)
+                    file.parent.mkdir(exist_ok=True)
+                    write_safetensors(file, tensors)
+            write_json(partial / "config.json", dit_settings(config.dit))
+            if config.speech is not None:
+                write_json(partial / SPEECH / "config.json", speech_settings(config.speech))
+            if (folder / "tokenizer").is_dir():
+                shutil.copytree(folder / "tokenizer", partial / TOKENIZER)
+            os.sync()
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return {component: len(tensors) for component, tensors in files.items()}
+
+
+def _files(folder: Path, config: AvatarConfig) -> dict[str, list[Tensor]]:
+    """The tensors of each component, and of adapters ("lora"), in the order in which they are written."""
+    files = {}
     for component in FILES:
         if (parameters := _parameters(folder, component)) is None:
             continue
         rules = VAE_RULES[config.vae.kind] if component == "vae" else RULES[component]
         weights = [p for p in parameters if not p.path.endswith((".weight.a", ".weight.b"))]
-        tensors = list(tensors_of(weights, rules))
-        counts[component] = len(tensors)
-        if component == "dit":
-            write_shards(temporary, tensors, shard_bytes)
-            if adapters := list(_adapter_tensors(parameters, rules, _adapters_scale(folder))):
-                write_safetensors(temporary / LORA, adapters)
-                counts["lora"] = len(adapters)
-        else:
-            file = temporary / next(file for file in FILES[component] if file.endswith(".safetensors"))
-            if config.vae.kind == "wan22":
-                file = file.with_name(file.name.replace("Wan2.1", "Wan2.2"))
-            file.parent.mkdir(exist_ok=True)
-            write_safetensors(file, tensors)
-    write_json(temporary / "config.json", dit_settings(config.dit))
-    if config.speech is not None:
-        write_json(temporary / SPEECH / "config.json", speech_settings(config.speech))
-    if (folder / "tokenizer").is_dir():
-        shutil.copytree(folder / "tokenizer", temporary / TOKENIZER)
-    os.sync()
-    os.replace(temporary, out)
-    return counts
+        files[component] = list(tensors_of(weights, rules))
+        if component == "dit" and len(weights) < len(parameters):
+            files["lora"] = list(_adapter_tensors(parameters, rules, _adapters_scale(folder)))
+    return files
+
+
+def _file_of(component: str, config: AvatarConfig) -> str:
+    """The published name of a component that is one file."""
+    if component == "lora":
+        return LORA
+    name = next(file for file in FILES[component] if file.endswith(".safetensors"))
+    return name.replace("Wan2.1", "Wan2.2") if config.vae.kind == "wan22" else name
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:

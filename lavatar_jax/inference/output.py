@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from lavatar_jax.errors import UserError
+from lavatar_jax.errors import UserError, write_errors
 
 
 def check_output(path: str | Path, suffix: str) -> Path:
@@ -31,17 +28,6 @@ def check_output(path: str | Path, suffix: str) -> Path:
 def temporary_name(path: Path) -> Path:
     """A hidden name in the same folder, so that renaming it to `path` is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system says about a file being written into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space or write elsewhere") from None
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Published folders become model folders, and back: every number, in bounded steps, or one clear line."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lavatar_jax import lora, quant
-from lavatar_jax.checkpoints import orbax_store, stream_write
+from lavatar_jax.checkpoints import exporting, orbax_store, stream_write
 from lavatar_jax.checkpoints.conversion import JOURNAL, Task, convert_folder
 from lavatar_jax.checkpoints.convert import convert, param_paths
 from lavatar_jax.checkpoints.dry_run import plan_listings
@@ -198,6 +199,30 @@ def test_the_way_to_pytorch_and_back_keeps_every_bit(source: Published, bf16: Pa
             np.testing.assert_array_equal(found[key], tensor, strict=True, err_msg=key)
     assert command(convert_main, "--wan", tmp_path / "torch", "--out", tmp_path / "again") == 0
     assert read_manifest(tmp_path / "again").components == read_manifest(bf16).components
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
+    """A disk that is too small is told before; one that is full, and a folder that cannot be, in one line."""
+    out = tmp_path / "torch"
+    usage = shutil._ntuple_diskusage(10, 10, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    assert command(export_main, "tiny", "--out", out) == 2
+    assert "0.0 GB of free space" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def full(path: Path, tensors: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_safetensors", full)
+    assert command(export_main, "tiny", "--out", out) == 2
+    assert capsys.readouterr().err == f"error: {out}: the disk is full; free some space or write elsewhere\n"
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "torch"
+    assert command(export_main, "tiny", "--out", out) == 2
+    assert capsys.readouterr().err == f"error: {out}: cannot be written (Not a directory)\n"
 
 
 def test_a_model_that_was_trained_here_goes_to_pytorch_too(tmp_path: Path) -> None:
@@ -459,6 +484,11 @@ def test_a_full_disk_and_an_existing_result_are_told_before(broken: Path, capsys
     monkeypatch.setattr("lavatar_jax.checkpoints.conversion.shutil.disk_usage", lambda place: usage)
     assert "0.0 GB of free space" in refused(broken, capsys)
     monkeypatch.undo()
+    (broken.parent / "file").touch()
+    assert command(convert_main, "--wan", broken, "--out", broken.parent / "file" / "model") == 2
+    error = capsys.readouterr().err
+    assert "file/model: cannot be written (Not a directory)" in error
+    assert error.count("\n") == 1
     (broken.parent / "model").mkdir()
     assert command(convert_main, "--wan", broken, "--out", broken.parent / "model") == 2
     assert "exists already" in capsys.readouterr().err
