@@ -44,7 +44,8 @@ def try_ear(stream: FeatureStream, block_frames: int, fps: int) -> Ear:
 class Hearing:
     """One session's ear: feeds a stream and cuts features and sound into blocks that belong together.
 
-    `delay`: what `try_ear` found for such a stream.
+    `delay`: what `try_ear` found for such a stream. `listen` takes time, as the stream may be a network: it
+    needs no lock, when one thread alone calls it and `take`. All else is about sound, and of a moment.
     """
 
     def __init__(self, stream: FeatureStream, block_frames: int, fps: int, delay: int) -> None:
@@ -52,6 +53,7 @@ class Hearing:
         self.block = block_frames * SAMPLE_RATE // fps  # samples of a block
         self._features = stream.push(np.zeros(0, np.float32))
         self._sound = np.zeros(0, np.float32)
+        self._unheard: list[Samples] = []  # sound of which there are no features yet
         self.delay = delay
         self.heard = 0  # samples ever
         self.taken = 0  # blocks ever
@@ -61,12 +63,19 @@ class Hearing:
         return max(0, self.block + self.delay - len(self._sound))
 
     def push(self, samples: Samples) -> None:
-        self._features = np.concatenate([self._features, self._stream.push(samples)], axis=-1)
+        """Sound to be heard by `listen`."""
+        self._unheard.append(samples)
         self._sound = np.concatenate([self._sound, samples])
         self.heard += len(samples)
 
+    def listen(self) -> None:
+        """Finds the features of all that was pushed."""
+        while self._unheard:
+            features = self._stream.push(self._unheard.pop(0))
+            self._features = np.concatenate([self._features, features], axis=-1)
+
     def take(self) -> tuple[Float[np.ndarray, "L A T"], Samples]:
-        """Features and sound of the next block, of which nothing may be missing."""
+        """Features and sound of the next block, of which nothing may be missing, nor unheard."""
         features, self._features = np.split(self._features, [self.frames], axis=-1)
         sound, self._sound = np.split(self._sound, [self.block])
         self.taken += 1
@@ -78,6 +87,7 @@ class Hearing:
         fade_out(self._sound, begun=begun)
 
     def state(self) -> dict[str, np.ndarray]:
+        """When nothing is unheard."""
         counts = np.array([self.heard, self.taken], np.int64)
         stream = {f"stream.{name}": value for name, value in self._stream.state().items()}
         return {"features": self._features, "sound": self._sound, "counts": counts, **stream}

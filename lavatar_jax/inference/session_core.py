@@ -56,7 +56,8 @@ class SessionOptions:
 class SessionCore:
     """State of a session, and what the host's thread does with it.
 
-    The lock guards what readers and speakers touch too: the sound that waits, and blocks on their way.
+    The lock guards what readers and speakers touch too: the sound that waits, and blocks on their way. They
+    may be an event loop, so it is held for moments only: features and noise are made without it.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class SessionCore:
     def start(self, now: float, dropped_frames: int) -> None:
         """Time begins. Frames that decoding drops at the beginning have silence of their own."""
         self._hearing.push(np.zeros(dropped_frames * SAMPLE_RATE // self._hearing.fps, np.float32))
+        self._hearing.listen()
         self._pace.start(now)
 
     def due(self) -> float:
@@ -150,6 +152,9 @@ class SessionCore:
                 longest = self._hearing.block + int(self.options.max_delay * SAMPLE_RATE)
                 self.stats.skipped_samples += self._queue.skip_silence(longest)
             latency = self._hear(now)
+        self._hearing.listen()
+        latency.heard = self._clock()
+        with self._lock:  # after an interrupt meanwhile, the sound has faded
             features, sound = self._hearing.take()
             passenger = Passenger(index=self.fed, sound=sound, latency=latency)
             ends = self._hearing.taken * self._hearing.block
@@ -160,16 +165,16 @@ class SessionCore:
             exit_stage = self.options.early_exit if first and not self._flying else None
             self._unsent.append(passenger)
             self._flying[self.fed] = passenger
-            # Features stay on the host: the pipeline knows where they belong.
-            inputs, noise = BlockInput(features[None, None]), self._noise  # type: ignore[arg-type]
-            distances = self._draws.distances(self.fed)
             self.fed += 1
-            self._noise = self._draws.noise(self.fed)  # before the tick, which it would otherwise wait for
-            return Feed(passenger.index, noise, inputs, distances, exit_stage)
+        # Features stay on the host: the pipeline knows where they belong.
+        inputs, noise = BlockInput(features[None, None]), self._noise  # type: ignore[arg-type]
+        distances = self._draws.distances(passenger.index)
+        self._noise = self._draws.noise(self.fed)  # before the tick, which it would otherwise wait for
+        return Feed(passenger.index, noise, inputs, distances, exit_stage)
 
     def _hear(self, now: float) -> BlockLatency:
-        """Hears what waits, and silence for the rest: behind it, or in front where speech has just begun,
-        so that it goes on in the next block without a gap."""
+        """Takes what waits for the ear, and silence for the rest: behind it, or in front where speech has
+        just begun, so that it goes on in the next block without a gap."""
         latency = BlockLatency(taken=now)
         missing = self._hearing.missing()
         heard = self._queue.take(missing)
@@ -186,7 +191,6 @@ class SessionCore:
             self._last_real = self._hearing.heard + front + len(heard.samples)
         self._quiet += 0 if begins else filled * 50 // SAMPLE_RATE
         self._hearing.push(np.pad(heard.samples, (front, filled - front)))
-        latency.heard = self._clock()
         return latency
 
     def _find_speech(self, heard: Heard, position: int) -> None:

@@ -460,7 +460,7 @@ def test_a_fault_closes_its_session_only(fault: str) -> None:
         blocks = []
         run(host, 1.0, lambda: blocks.extend(drain(good)))
         if faulty and fault == "features":
-            bad._hearing.push = None
+            bad._hearing.listen = None
         if faulty and fault == "prompt":
             bad.set_prompt(np.zeros((1, 3, 3, 3)))
         run(host, 3.0, lambda: blocks.extend(drain(good)))
@@ -604,6 +604,49 @@ def test_nobody_waits_for_a_prompt_that_is_being_read(monkeypatch, tmp_path) -> 
     other.set_prompt("joyful")  # not live: this has waited
     host.step()
     assert (np.asarray(host.pipeline.text.k) != now).any()
+
+
+def test_nobody_waits_for_features(monkeypatch) -> None:
+    """While a network listens, who speaks, ends or interrupts is not held up: that may be an event loop."""
+    host = make_host()
+    session = host.open(photo(), live=False)
+    listening, go_on = threading.Event(), threading.Event()
+    listen = session._hearing.listen
+
+    def slowly() -> None:
+        listening.set()
+        assert go_on.wait(60)
+        listen()
+
+    monkeypatch.setattr(session._hearing, "listen", slowly)
+    session.push_audio(speech(2))
+    stepping = threading.Thread(target=host.step)
+    stepping.start()
+    assert listening.wait(60)
+
+    def speak() -> None:
+        session.push_audio(speech(0.5))
+        session.end_of_speech()
+        session.set_prompt(np.asarray(host._encode_prompt("angry")))
+        session.interrupt()
+        session.push_audio(speech(1, seed=1))
+
+    speaking = threading.Thread(target=speak)
+    speaking.start()
+    speaking.join(30)
+    waited = speaking.is_alive()
+    go_on.set()
+    stepping.join(60)
+    speaking.join(60)
+    assert not waited
+    session.finish()
+    sound = sound_of(offline(host, session))
+    assert sound[: FADE // 2].any()  # the block that was being heard fades, as if it had just left
+    assert not sound[FADE:BLOCK].any()
+    assert session.queued_seconds == 0
+    said = speech(1, seed=1)
+    first = np.flatnonzero(sound[FADE:])[0] + FADE
+    np.testing.assert_array_equal(sound[first:][: len(said)], said)
 
 
 def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None:
