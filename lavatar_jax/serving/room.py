@@ -12,16 +12,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.serving.broadcast import Broadcast
 from lavatar_jax.serving.config import ServerConfig
+from lavatar_jax.serving.connection import Connection
 from lavatar_jax.serving.encoder import Encoder
 from lavatar_jax.serving.errors import ApiError
 from lavatar_jax.serving.metrics import Metrics
-from lavatar_jax.serving.playout import Playout, Sent, Viewer
+from lavatar_jax.serving.playout import Playout, Sent
 from lavatar_jax.serving.recording import Recording
 from lavatar_jax.serving.security import same
 from lavatar_jax.serving.voice import Voice
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 MODES = ("echo", "silent")
 NO_RECORDING = {"state": "off", "seconds": 0.0, "bytes": 0, "signed": False}
 SPEECH_ENDS = 0.4  # seconds of silence
+COMPLETING = 4.0  # seconds that clients wait for the end of a recording before they are told of the session's
 
 REASONS = {
     "closed": "The session was closed.",
@@ -50,18 +52,6 @@ class Identity:
     face: str | None
     voice: str | None = None
     level: bool = True
-
-
-class Connection(Viewer, Protocol):
-    """A client's way to a room: a WebRTC call or a WebSocket."""
-
-    controls: bool  # its verbs are obeyed; otherwise it only watches
-
-    def tell(self, event: str) -> None:
-        """Sends an event, in JSON. Must not wait."""
-        ...
-
-    async def hang_up(self, reason: str) -> None: ...
 
 
 class Room:
@@ -165,7 +155,8 @@ class Room:
             connection.tell(text)
 
     def tell_state(self) -> None:
-        self.tell({"type": "session.state", "session": self.about()})
+        if self.reason is None:  # else the last word is `session.closed`
+            self.tell({"type": "session.state", "session": self.about()})
 
     def tell_stats(self) -> None:
         level = self.voice.microphone_level
@@ -317,7 +308,10 @@ class Room:
             self._closing = asyncio.get_running_loop().create_task(self.stop("failed"))
 
     async def stop(self, code: str) -> None:
-        """Tells everybody, closes the recording and all connections. A second call waits for the first."""
+        """Completes the recording, tells everybody, hangs up. A second call waits for the first.
+
+        Who is told may ask for the recording at once, so it is complete by then, unless that takes very long.
+        """
         if self.reason is not None:
             await self.gone.wait()
             return
@@ -326,19 +320,25 @@ class Room:
         self._metrics.closed.labels(code).inc()
         self._log("session closed", reason=code)
         try:
-            self.tell({"type": "session.closed", "reason": self.reason})
             self.session.close(code)
             self.voice.stop()
-            await asyncio.to_thread(self._broadcast.join)
-            if self.recording is not None:
-                await asyncio.to_thread(self._complete, self.recording)
+            completing = asyncio.create_task(asyncio.to_thread(self._complete_last))
+            await asyncio.wait({completing}, timeout=COMPLETING)
+            self.tell({"type": "session.closed", "reason": self.reason})
             await asyncio.sleep(0.05)  # last words are on their way
             leaving = {*self.connections, *self.calls.values()}
             goodbyes = (asyncio.wait_for(connection.hang_up(code), 2.0) for connection in leaving)
             await asyncio.gather(*goodbyes, return_exceptions=True)  # some may be gone already
             self._playing.cancel()
+            await completing
         finally:
             self.gone.set()
+
+    def _complete_last(self) -> None:
+        """Waits for the last frames, and completes what they are recorded in; blocks."""
+        self._broadcast.join()
+        if self.recording is not None:
+            self._complete(self.recording)
 
     def forget(self) -> None:
         """Removes its recording."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -167,24 +168,30 @@ async def stop_recording(room: OwnRoom) -> dict[str, object]:
 
 @router.get("/v1/sessions/{id}/recording", summary="The recording so far (MP4), at any moment")
 async def recording(room: OwnRoom) -> Response:
-    return recorded(room)
+    return await recorded(room)
 
 
 @router.post("/v1/sessions/{id}/recording/link", summary="A link to the recording that works once")
 async def recording_link(request: Request, room: OwnRoom) -> dict[str, object]:
-    recorded(room)
+    check_recorded(room)
     return {"url": f"/v1/recordings/{services(request).tickets.issue(room)}", "expires_in": TICKET_SECONDS}
 
 
 @router.get("/v1/recordings/{ticket}", summary="The recording of such a link")
 async def linked_recording(ticket: str, request: Request) -> Response:
-    return recorded(services(request).tickets.redeem(ticket))
+    return await recorded(services(request).tickets.redeem(ticket))
 
 
-def recorded(room: Room) -> Response:
-    """The file as long as it is now: it may grow while it is sent."""
+async def recorded(room: Room) -> Response:
+    """The file as long as it is now; of a session that ends, the whole of it."""
+    if room.reason is not None:
+        await room.gone.wait()
+    return FileResponse(check_recorded(room), media_type="video/mp4", filename="avatar.mp4")
+
+
+def check_recorded(room: Room) -> Path:
+    """Where the recording is. Raises ApiError 404."""
     file = room.recording
     if file is None or file.bytes == 0:
         raise ApiError(404, "not_found", "There is no recording of this session, or nothing in it yet.")
-    stat = file.path.stat()
-    return FileResponse(file.path, media_type="video/mp4", filename="avatar.mp4", stat_result=stat)
+    return file.path

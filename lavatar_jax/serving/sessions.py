@@ -275,7 +275,7 @@ class Sessions:
 
     async def _look_after(self, room: Room, now: float) -> None:
         if room.closed_at is not None:
-            if now - room.closed_at > self.config.kept:
+            if room.gone.is_set() and now - room.closed_at > self.config.kept:
                 del self.rooms[room.identity.id]
                 await asyncio.to_thread(room.forget)
             return

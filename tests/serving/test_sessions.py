@@ -20,7 +20,7 @@ import av
 import soundfile
 from starlette.websockets import WebSocketDisconnect
 
-from lavatar_jax.serving import recording
+from lavatar_jax.serving import recording, room
 from lavatar_jax.serving.media_ws import AUDIO, HEADER, KEYFRAME, VIDEO
 from tests.serving.conftest import Served, Session, picture, serving, wait_for, wav
 
@@ -368,6 +368,33 @@ def test_recording(served: Served) -> None:
     assert session.request("GET", "/recording").status_code == 200
     served.call(session.room.forget)
     assert not path.exists()
+
+
+def test_the_recording_is_complete_when_the_end_is_told(served: Served) -> None:
+    """Its client asks for it at once."""
+    session = served.open(options={"record": True})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        wait_for(lambda: session.room.recording.bytes)
+        session.room._sign = lambda path: time.sleep(0.5)
+        socket.say(type="session.close")
+        socket.event("session.closed")
+        assert session.room.recording.signed
+
+
+def test_a_recording_that_is_still_being_completed_is_waited_for(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "COMPLETING", 0.1)
+    session = served.open(options={"record": True})
+    with session.stream() as raw:
+        socket = Socket(raw)
+        wait_for(lambda: session.room.recording.bytes)
+        session.room._sign = lambda path: (time.sleep(1.0), path.write_bytes(b"signed"))
+        socket.say(type="session.close")
+        socket.event("session.closed")
+        assert not session.room.recording.signed  # nobody waits for ever to hear of the end
+        assert session.request("GET", "/recording").content == b"signed"
 
 
 def frames_of(data: bytes) -> int:
