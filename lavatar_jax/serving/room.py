@@ -264,10 +264,11 @@ class Room:
         self.check_open()
         if self.recording is not None and self.recording.state == "on":
             raise ApiError(409, "conflict", "The session is being recorded already.")
-        limits = self._config.limits
+        limits, path = self._config.limits, self._folder / f"{self.identity.id}.mp4"
+        path.unlink(missing_ok=True)  # not written over: the one before may still be on its way to somebody
         self._broadcast.recording = Recording(
-            self._folder / f"{self.identity.id}.mp4",
-            size=self._size, fps=self._fps, seconds=limits.recording_seconds, nbytes=limits.recording_bytes,
+            path, size=self._size, fps=self._fps,
+            seconds=limits.recording_seconds, nbytes=limits.recording_bytes,
         )  # fmt: skip
         self._broadcast.force_keyframe()
         self.tell({"type": "recording.started"})

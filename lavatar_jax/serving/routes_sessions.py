@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from lavatar_jax.serving.errors import ApiError
 from lavatar_jax.serving.limits import client_address
@@ -15,6 +15,7 @@ from lavatar_jax.serving.requests import read_fields, read_json, read_wish, refu
 from lavatar_jax.serving.room import Room
 from lavatar_jax.serving.services import TICKET_SECONDS, OwnRoom, SeenRoom, Services, services
 from lavatar_jax.serving.sessions import BUSY, Opened
+from lavatar_jax.serving.snapshot import Snapshot
 
 router = APIRouter(tags=["sessions"])
 NEW_SESSION = {
@@ -186,7 +187,7 @@ async def recorded(room: Room) -> Response:
     """The file as long as it is now; of a session that ends, the whole of it."""
     if room.reason is not None:
         await room.gone.wait()
-    return FileResponse(check_recorded(room), media_type="video/mp4", filename="avatar.mp4")
+    return Snapshot(check_recorded(room), media_type="video/mp4", filename="avatar.mp4")
 
 
 def check_recorded(room: Room) -> Path:

@@ -1,5 +1,6 @@
 """A session over HTTP and over its WebSocket: media out, microphone and verbs in, wrong messages, the end."""
 
+import asyncio
 import base64
 import errno
 import io
@@ -22,6 +23,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from lavatar_jax.serving import recording, room
 from lavatar_jax.serving.media_ws import AUDIO, HEADER, KEYFRAME, VIDEO
+from lavatar_jax.serving.routes_sessions import recorded
 from tests.serving.conftest import Served, Session, picture, serving, wait_for, wav
 
 TONE = (8000 * np.sin(np.arange(16_000) / 5)).astype("<i2")
@@ -368,6 +370,39 @@ def test_recording(served: Served) -> None:
     assert session.request("GET", "/recording").status_code == 200
     served.call(session.room.forget)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("change", ["grows", "is replaced", "begins again"])
+def test_a_recording_that_changes_while_it_is_sent(served: Served, change: str) -> None:
+    """As many bytes are sent as were announced."""
+    session = served.open(options={"record": True})
+    wait_for(lambda: session.request("GET", "/recording").status_code == 200)
+    session.request("DELETE", "/recording")
+    path, sent = session.room.recording.path, []
+    before = path.read_bytes()
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def receive() -> dict:
+        await asyncio.Event().wait()
+        return {}
+
+    async def download() -> None:
+        answer = await recorded(session.room)
+        if change == "grows":
+            path.write_bytes(before + b"more")
+        elif change == "is replaced":
+            (path.parent / "signed").write_bytes(b"signed")
+            os.replace(path.parent / "signed", path)
+        else:
+            session.room.record()
+        await answer({"type": "http", "method": "GET", "headers": []}, receive, send)
+
+    served.call(download)
+    start, *pieces = sent
+    assert dict(start["headers"])[b"content-length"] == b"%d" % len(before)
+    assert b"".join(piece["body"] for piece in pieces) == before
 
 
 def test_the_recording_is_complete_when_the_end_is_told(served: Served) -> None:
