@@ -94,6 +94,7 @@ class Call:
         self.controls = controls
         self.owns_room = False  # the session ends with the call
         self._room, self._verbs = room, verbs
+        verbs.tell = self.tell
         servers = [RTCIceServer(urls=url) for url in ice_servers]  # none: nobody else is asked
         self._peer = RTCPeerConnection(RTCConfiguration(iceServers=servers))
         self._video, self._sound = Track("video", dropped), Track("audio", dropped)
@@ -155,6 +156,7 @@ class Call:
         self._room.calls.pop(self.id, None)
         if self.owns_room:
             self._ending = asyncio.get_running_loop().create_task(self._room.stop("closed"))
+        self._verbs.stop()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -212,8 +214,7 @@ class Call:
         self._early = []
 
     async def _obey(self, message: str | bytes) -> None:
-        if answer := await self._verbs.obey(message):
-            self.tell(answer)
+        await self._verbs.obey(message)
         if self._verbs.hopeless:
             await self.hang_up("malformed")
 

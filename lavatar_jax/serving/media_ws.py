@@ -34,6 +34,7 @@ class Socket:
     def __init__(self, socket: WebSocket, room: Room, verbs: Verbs, *, controls: bool, dropped: Any) -> None:
         self.controls = controls
         self._socket, self._room, self._verbs, self._dropped = socket, room, verbs, dropped
+        verbs.tell = self.tell
         self._out: asyncio.Queue[bytes | str | None] = asyncio.Queue()
         self._numbers = {VIDEO: 0, AUDIO: 0}
         self._needs_keyframe = True
@@ -82,6 +83,7 @@ class Socket:
             await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._room.leave(self)
+            self._verbs.stop()
             for task in (sending, receiving):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
@@ -103,8 +105,8 @@ class Socket:
                 return
             if (data := message.get("bytes")) is not None:
                 self._listen(data)
-            elif answer := await self._verbs.obey(message.get("text") or ""):
-                self.tell(answer)
+            else:
+                await self._verbs.obey(message.get("text") or "")
         self._code = 4400
         self._out.put_nowait(None)
         await asyncio.sleep(2.0)

@@ -144,9 +144,7 @@ async def speak(request: Request, room: OwnRoom) -> JSONResponse:
     elif not isinstance(fields["audio"], bytes):
         raise ApiError(422, "invalid", "audio: send a file, as multipart/form-data")
     else:
-        samples = await asyncio.to_thread(found.speech.normalised, fields["audio"])
-        room.check_open()
-        seconds = room.voice.speak(samples)
+        seconds = await found.speech.play(room, fields["audio"])
     return JSONResponse({"seconds": round(seconds, 3), "queued_ms": round(1e3 * room.voice.queued)}, 202)
 
 

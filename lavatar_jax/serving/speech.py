@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +18,7 @@ from lavatar_jax.serving.tts import TextToSpeech
 from lavatar_jax.serving.uploads import decode_sound
 
 Samples = Float[np.ndarray, " n"]
+WAITING = 16  # texts and files of one session
 
 
 class Speech:
@@ -22,7 +26,7 @@ class Speech:
 
     def __init__(self, tts: TextToSpeech | None, limits: Limits, *, level: bool) -> None:
         self.tts, self.limits, self._level = tts, limits, level
-        self._speaking = asyncio.Semaphore(2)  # programs that run at once
+        self._programs = asyncio.Semaphore(2)  # that run at once
 
     def about(self) -> dict[str, object]:
         """As clients see it."""
@@ -31,19 +35,41 @@ class Speech:
         voices = list(self.tts.voices)
         return {"available": True, "engine": self.tts.name, "voices": voices, "default_voice": voices[0]}
 
-    async def say(self, room: Room, text: object, voice: object = None) -> float:
-        """Returns the seconds that it takes to say a text. Raises ApiError."""
+    def say(self, room: Room, text: object, voice: object = None) -> Coroutine[Any, Any, float]:
+        """Says a text, after all that was asked for earlier. To be awaited: the seconds that it takes; 0:
+        it was interrupted before it began. Raises ApiError, at once where the request is wrong."""
         if self.tts is None:
             raise ApiError(501, "not_available", "There is no text-to-speech on this server.")
         if not isinstance(text, str) or not 0 < len(text.strip()) <= self.limits.text_chars:
             raise ApiError(422, "invalid", f"text: give 1 to {self.limits.text_chars} characters")
         if voice is None:
             voice = room.identity.voice or self.tts.voices[0]
-        voice = check_voice(self.tts, voice)
-        async with self._speaking:
-            samples = await asyncio.to_thread(self.tts.speak, text, voice)
-        room.check_open()
-        return room.voice.speak(samples)
+        make = partial(self._synthesise, self.tts, text, check_voice(self.tts, voice))
+        return self._in_turn(room, room.voice.turn, make)
+
+    def play(self, room: Room, file: bytes) -> Coroutine[Any, Any, float]:
+        """Says a recording, as `say` does a text."""
+        return self._in_turn(room, room.voice.turn, partial(asyncio.to_thread, self.normalised, file))
+
+    async def _in_turn(self, room: Room, turn: asyncio.Lock, make: Callable[[], Awaitable[Samples]]) -> float:
+        """`turn`: the room's when this was asked for; who waits for it gets it in that order."""
+        voice = room.voice
+        if voice.making >= WAITING:
+            raise ApiError(429, "rate_limited", "Too much waits to be said; try again later.", retry_after=5)
+        voice.making += 1
+        try:
+            async with turn:
+                if voice.turn is not turn:
+                    return 0.0
+                samples = await make()
+                room.check_open()
+                return voice.speak(samples) if voice.turn is turn else 0.0
+        finally:
+            voice.making -= 1
+
+    async def _synthesise(self, tts: TextToSpeech, text: str, voice: str) -> Samples:
+        async with self._programs:
+            return await asyncio.to_thread(tts.speak, text, voice)
 
     def normalised(self, data: bytes) -> Samples:
         """A recording as it is pushed; blocks. Raises ApiError."""

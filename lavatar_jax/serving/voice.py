@@ -31,7 +31,8 @@ class Voice:
     """Feeds a session. For the event loop's thread.
 
     `level`: bring sound to the loudness that the model knows. `on_done`: all that was sent has been handed
-    on.
+    on. `turn`: held while speech is being made, which takes time, so that what was asked for first is said
+    first; an interruption puts a new one in its place, by which its holder knows that nobody waits any more.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Voice:
         self.muted = False
         self.echo = True
         self.active = time.monotonic()  # when something was last said or asked
+        self.turn = asyncio.Lock()
+        self.making = 0  # texts and files that have or want a turn
         self.microphone_level = RunningLevel()
         self._session, self._level, self._longest, self._on_done = session, level, longest, on_done
         self._pieces_level = RunningLevel()
@@ -102,8 +105,9 @@ class Voice:
         self._open_until = 0.0
 
     def interrupt(self) -> None:
-        """Stops talking; what was sent and not said is dropped."""
+        """Stops talking; what was sent and not said is dropped, also what is still being made."""
         self.active = time.monotonic()
+        self.turn = asyncio.Lock()
         self._waiting.clear()
         self._open_until = 0.0
         self._session.interrupt()

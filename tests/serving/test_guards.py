@@ -103,7 +103,7 @@ def test_texts_and_voices() -> None:
     tts = SimpleNamespace(
         name="x", voices=("slt",), speak=lambda text, voice: spoken.append(text) or np.zeros(1)
     )
-    voice = SimpleNamespace(speak=len)
+    voice = SimpleNamespace(speak=len, turn=asyncio.Lock(), making=0)
     room = SimpleNamespace(identity=SimpleNamespace(voice=None), check_open=lambda: None, voice=voice)
     speech = Speech(tts, Limits(text_chars=5), level=False)  # type: ignore[arg-type]
     for text in ("123456", "", " ", None):

@@ -28,7 +28,15 @@ def verbs(malformed: int = 10) -> Verbs:
 
 
 def answer_to(text: str | bytes) -> dict[str, Any]:
-    return json.loads(asyncio.run(verbs().obey(text)) or "{}")
+    return obeyed(verbs(), text)
+
+
+def obeyed(client: Verbs, text: str | bytes) -> dict[str, Any]:
+    """What a client is answered."""
+    told: list[str] = ["{}"]
+    client.tell = told.append
+    asyncio.run(client.obey(text))
+    return json.loads(told[-1])
 
 
 @pytest.mark.parametrize(
@@ -40,7 +48,7 @@ def test_every_kind_of_malformed_message_is_told_and_counted(text: str | bytes) 
     client = verbs(malformed=2)
     for _ in range(2):
         assert not client.hopeless
-        assert json.loads(asyncio.run(client.obey(text)) or "{}")["error"]["code"] == "bad_request"
+        assert obeyed(client, text)["error"]["code"] == "bad_request"
     assert client.hopeless
 
 

@@ -57,7 +57,9 @@ const below = (kept, path = "") => `/v1/sessions/${kept.id}${path}`;
 
 export const session = (kept) => json("GET", below(kept), { token: kept.token, patience: 4000 });
 export const closeSession = (kept) => request("DELETE", below(kept), { token: kept.token });
-export const say = (kept, text, voice) => json("POST", below(kept, "/speak"), sent(kept.token, { text, voice }));
+// A text waits for those before it, and each may take the server a minute.
+export const say = (kept, text, voice) =>
+  json("POST", below(kept, "/speak"), { ...sent(kept.token, { text, voice }), patience: null });
 export const record = (kept) => json("POST", below(kept, "/recording"), { token: kept.token });
 export const stopRecording = (kept) => json("DELETE", below(kept, "/recording"), { token: kept.token });
 export const recording = async (kept) =>

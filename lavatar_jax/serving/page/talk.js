@@ -42,7 +42,7 @@ async function queue(ask) {
   try {
     const { seconds } = await ask();
     notice(null);
-    status(`${seconds.toFixed(1)} s to say`);
+    if (seconds) status(`${seconds.toFixed(1)} s to say`); // 0: it was interrupted
     return true;
   } catch (problem) {
     notice(problem.message);

@@ -118,8 +118,12 @@ class Puppets:
         self.client = httpx2.Client(base_url=self.url, timeout=20.0)
 
     @property
+    def services(self) -> Any:
+        return self.server.config.app.state.services  # type: ignore[union-attr]
+
+    @property
     def sessions(self) -> Any:
-        return self.server.config.app.state.services.sessions  # type: ignore[union-attr]
+        return self.services.sessions
 
     @property
     def room(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,24 @@ def test_the_age_of_a_frame_on_the_screen(page: Page, puppets: Make, media: str)
     ages = frame_ages(page)
     print(f"{media}: median {np.median(ages):.0f} ms, 95 % {np.quantile(ages, 0.95):.0f} ms")
     assert np.median(ages) < 1000  # 80 ms: the server's store; 120 ms: that of the page for WebSockets
+    stop(page)
+
+
+def test_a_text_may_take_long(page: Page, puppets: Make) -> None:
+    """As long as the server takes: the page would say it again."""
+    served = puppets()
+    speak = lambda text, voice: np.full(16_000, 0.1, np.float32)  # noqa: E731
+    served.services.speech.tts = SimpleNamespace(name="puppet", voices=("one",), speak=speak)
+    page.before_loading(
+        "const ask = fetch; window.fetch = (path, about) => "
+        "{ if (path.endsWith('/speak')) window.asked = about; return ask(path, about); }"
+    )
+    begin(page, served)
+    page.click("#text")
+    page.type("Hello")
+    page.key("Enter")
+    page.wait("document.getElementById('status').innerText.includes('1.0 s to say')")
+    assert page.evaluate("window.asked.signal === undefined")
     stop(page)
 
 
