@@ -180,7 +180,7 @@ function showMicrophone() {
 async function toggleMicrophone() {
   if (microphone.open) {
     microphone.muted = !microphone.muted;
-    session.send({ type: "microphone", muted: microphone.muted });
+    session.microphoneChanged();
   } else {
     microphone.muted = false;
     await microphone.start().catch((problem) => notice(problem.message));

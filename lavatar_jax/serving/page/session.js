@@ -159,7 +159,7 @@ export class Session {
     this.#way?.send(verb);
   }
 
-  // Permission came later, or the microphone was unplugged.
+  // It was muted, permission came later, or it was unplugged.
   microphoneChanged() {
     this.#way?.microphoneChanged();
   }

@@ -46,10 +46,18 @@ export async function connect({ kept, config, microphone, view, told, lost }) {
   peer.onconnectionstatechange = () => peer.connectionState === "failed" && broke();
   channel.onclose = broke;
 
+  const send = (verb) => channel.readyState === "open" && channel.send(JSON.stringify(verb));
+  // The server may remember something else, of this page before it was loaded again.
+  const tellMuted = () => send({ type: "microphone", muted: microphone.muted || !microphone.open });
+  tellMuted();
+
   return {
     name: "WebRTC",
-    send: (verb) => channel.readyState === "open" && channel.send(JSON.stringify(verb)),
-    microphoneChanged: () => up.sender.replaceTrack(microphone.track),
+    send,
+    microphoneChanged() {
+      up.sender.replaceTrack(microphone.track);
+      tellMuted();
+    },
     close,
   };
 }

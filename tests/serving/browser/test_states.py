@@ -174,7 +174,7 @@ def test_a_line_that_falls_silent_is_replaced(page: Page, puppets: Make) -> None
     page.click("#mute")
     room = served.room
     (before,) = room.connections
-    before.tell = lambda event: None  # nothing is closed, and nothing is told
+    before.tell = before._verbs.tell = lambda event: None  # nothing is closed, and nothing is told
     # The page says that the connection is lost, but the next one may stand before anybody has read it.
     wait_for(lambda: room.connections and before not in room.connections, 30)
     page.wait("document.getElementById('veil').hidden")
@@ -189,6 +189,25 @@ def test_the_age_of_a_frame_on_the_screen(page: Page, puppets: Make, media: str)
     ages = frame_ages(page)
     print(f"{media}: median {np.median(ages):.0f} ms, 95 % {np.quantile(ages, 0.95):.0f} ms")
     assert np.median(ages) < 1000  # 80 ms: the server's store; 120 ms: that of the page for WebSockets
+    stop(page)
+
+
+@pytest.mark.parametrize("media", ["webrtc", "ws"])
+def test_a_reloaded_page_is_heard_as_it_shows(page: Page, puppets: Make, media: str) -> None:
+    """The server remembers that the page before was muted."""
+    served = puppets()
+    pressed = "document.getElementById('mute').getAttribute('aria-pressed')"
+    begin(page, served, f"/?media={media}")
+    wait_for(lambda: not served.room.voice.muted)
+    page.click("#mute")
+    wait_for(lambda: served.room.voice.muted)
+    assert page.evaluate(pressed) == "false"
+    page.evaluate("window.isOld = true")
+    page.command("Page.reload")
+    page.wait("!window.isOld")
+    page.wait(LIVE)
+    page.wait(f"{pressed} === 'true'")
+    wait_for(lambda: not served.room.voice.muted)
     stop(page)
 
 
