@@ -70,7 +70,7 @@ class Socket:
             self._out.put_nowait(event)
 
     async def hang_up(self, reason: str) -> None:
-        self._code = 1001 if reason == "shutdown" else 1000
+        self._code = 1001 if reason in ("shutdown", "restart") else 1000
         self._out.put_nowait(None)
         await self._over.wait()
 

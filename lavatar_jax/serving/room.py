@@ -38,6 +38,7 @@ REASONS = {
     "idle": "Nothing was said for a long time.",
     "client_gone": "The client did not come back.",
     "shutdown": "The server stops.",
+    "restart": "The server restarts; the session goes on when it is back.",
     "failed": "The session failed; start a new one.",
 }
 

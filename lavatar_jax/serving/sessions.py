@@ -193,6 +193,8 @@ class Sessions:
         room = self.rooms.get(name)
         if room is None:
             digest(token)  # takes as long as for one that there is
+            if self._saved is not None and not self.ready:
+                self.check_ready()  # it may be among those that are yet to be restored: nobody has ended it
             raise NOWHERE
         if not room.may_watch(token):
             raise NOWHERE
@@ -292,19 +294,24 @@ class Sessions:
             return
         self.stopping = True
         self._freed.set()
+        reasons = {room: "shutdown" for room in self.open_rooms}
         if self._saved is not None:
-            for room in self.open_rooms:
-                await self._save(self._saved, room)
-        await asyncio.gather(*(room.stop("shutdown") for room in self.open_rooms))
+            for room in reasons:
+                if await self._save(self._saved, room):
+                    reasons[room] = "restart"
+        await asyncio.gather(*(room.stop(reason) for room, reason in reasons.items()))
         await asyncio.to_thread(self.host.close)
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    async def _save(self, saved: SavedRooms, room: Room) -> None:
+    async def _save(self, saved: SavedRooms, room: Room) -> bool:
+        """Whether it can go on."""
         try:
             await asyncio.to_thread(saved.save, self.host, room.session, room.identity, self._kept_of(room))
         except (UserError, OSError):
             log.exception("a session could not be saved", extra={"session": room.identity.id})
+            return False
+        return True
 
     @staticmethod
     def _kept_of(room: Room) -> dict[str, Any]:

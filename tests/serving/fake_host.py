@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,12 @@ class FakeHost:
             self.sessions.append(session)
             self.opened.append(session)
             return session
+
+    def save(self, session: FakeSession, path: Path) -> None:
+        path.write_text(session.prompts[-1])
+
+    def restore(self, path: Path) -> FakeSession:
+        return self.open(np.full((*self.size, 3), 128, np.uint8), prompt=path.read_text())
 
     def close(self, reason: str = "stops") -> None:
         self.closed = True

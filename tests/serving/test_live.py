@@ -383,7 +383,7 @@ def test_stopped_under_load_and_started_again(tmp_path: Path, live: Live) -> Non
         session_before = host().sessions[0]
         first.stop()
         client.join(20)
-        assert [m for m in told if isinstance(m, dict)][-1]["reason"]["code"] == "shutdown"
+        assert [m for m in told if isinstance(m, dict)][-1]["reason"]["code"] == "restart"
         (file,) = settings["recordings"].glob("*.mp4")
         with av.open(str(file)) as container:
             assert sum(1 for _ in container.decode(video=0)) > 24

@@ -9,6 +9,7 @@ import os
 import struct
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from lavatar_jax.serving import recording, room
 from lavatar_jax.serving.media_ws import AUDIO, HEADER, KEYFRAME, VIDEO
 from lavatar_jax.serving.routes_sessions import recorded
 from tests.serving.conftest import Served, Session, picture, serving, wait_for, wav
+from tests.serving.fake_host import FakeHost, FakeSession
 
 TONE = (8000 * np.sin(np.arange(16_000) / 5)).astype("<i2")
 
@@ -472,6 +474,55 @@ def test_clients_are_told_when_the_server_stops(served: Served) -> None:
     assert answer.json()["error"]["code"] == "stopping"
     assert served.client.get("/readyz").status_code == 503
     assert served.client.get("/healthz").status_code == 200
+
+
+def test_who_can_go_on_later_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = FakeHost.save
+
+    def fail_for_other(host: FakeHost, session: FakeSession, path: Path) -> None:
+        if session.prompts == ["other"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(host, session, path)
+
+    monkeypatch.setattr(FakeHost, "save", fail_for_other)
+    told = {}
+    with serving(tmp_path, state=tmp_path / "state") as served:
+        session, other = served.open(prompt="one"), served.open(prompt="other")
+        with session.stream() as raw, other.stream() as other_raw:
+            sockets = {"one": Socket(raw), "other": Socket(other_raw)}
+            for socket in sockets.values():
+                socket.event("session.state")
+            served.client.portal.start_task_soon(served.services.sessions.stop)
+            for name, socket in sockets.items():
+                reason = socket.event("session.closed")["reason"]["code"]
+                with pytest.raises(WebSocketDisconnect) as closed:
+                    socket.event("never")
+                told[name] = (reason, closed.value.code)
+    assert told == {"one": ("restart", 1001), "other": ("shutdown", 1001)}
+    with serving(tmp_path, state=tmp_path / "state") as served:
+        where = session.path
+        assert served.client.get(where, headers=session.bearer()).json()["state"] == "waiting"
+        assert served.client.get(other.path, headers=other.bearer()).status_code == 401
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_session_may_come_back_until_all_are_restored(tmp_path: Path, saves: bool) -> None:
+    """Whether there is one is told to nobody before it is there."""
+    with serving(tmp_path, state=tmp_path / "state" if saves else None) as served:
+        session, sessions = served.open(), served.services.sessions
+        room = sessions.rooms.pop(session.id)
+        for ready, error, code in ((False, "starting", 4503), (True, "unauthorized", 4401)):
+            sessions.ready = ready
+            if not saves:
+                error, code = "unauthorized", 4401
+            assert session.request("GET").json()["error"]["code"] == error
+            with session.stream() as raw:
+                socket = Socket(raw)
+                assert socket.event("error")["error"]["code"] == error
+                with pytest.raises(WebSocketDisconnect) as closed:
+                    socket.receive()
+                assert closed.value.code == code
+        sessions.rooms[session.id] = room
 
 
 def test_a_session_that_fails_is_told_and_others_go_on(served: Served) -> None:

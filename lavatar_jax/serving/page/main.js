@@ -39,10 +39,11 @@ const states = {
     status("Connecting");
     veil("Connecting…", { cancel: "Cancel" });
   },
-  lost({ seconds }) {
-    status("Connection lost");
+  lost({ seconds, restarts }) {
+    status(restarts ? "Waiting" : "Connection lost");
     delete $("screen").dataset.speaking;
-    veil("The connection is lost. Trying to come back…", { count: `for ${seconds} s more`, cancel: "Stop" });
+    const lost = "The connection is lost. Trying to come back…";
+    veil(restarts ? "The server restarts. The session goes on when it is back…" : lost, { count: `for ${seconds} s more`, cancel: "Stop" });
   },
   live() {
     veil(null);
@@ -112,6 +113,11 @@ const events = {
   "recording.failed": ({ error }) => {
     notice(`The recording has stopped: ${error.message}`);
     recorder.fetch(session.kept);
+  },
+  // It goes on later, but what was recorded is here only now.
+  "session.closed": () => {
+    if (recorder.on) recorder.fetch(session.kept);
+    recorder.show({ state: "off", seconds: 0 });
   },
   pong: ({ t }) => (roundTrip = performance.now() - t),
   error: ({ error }) => notice(error.message),

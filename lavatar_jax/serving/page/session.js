@@ -5,9 +5,11 @@ import * as webrtc from "./webrtc.js";
 import * as websocket from "./websocket.js";
 
 const WAITS = new Set(["busy", "starting", "rate_limited"]);
-const GONE = new Set(["unauthorized", "not_found", "stopping"]);
+const GONE = new Set(["unauthorized", "not_found"]);
+const NO_SERVER = new Set(["unreachable", "stopping"]); // another way would lead there too
 const FIRST_FRAME = 6000; // milliseconds; without one, another way may do better
 const SILENT = 5000; // milliseconds without an event, of which there is one every second: the line is dead
+const RESTART = 600; // seconds for which a server keeps sessions when it restarts
 const KEPT = "session"; // in sessionStorage: what a reload of the page goes on with
 
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -20,6 +22,7 @@ export class Session {
   #cancelled = new AbortController();
   #heard = 0;
   #over = false;
+  #restarts = false; // the server: it will know the session again
   #seen = () => {};
 
   kept = null; // id and token
@@ -94,12 +97,13 @@ export class Session {
         if (this.#way !== opened) return; // lost, or closed, meanwhile
         if (isGood) {
           this.#ways = [way, ...this.#ways.filter((other) => other !== way)];
+          this.#restarts = false;
           return this.#watch(opened);
         }
         opened.close();
       } catch (failure) {
         problem = failure;
-        if (GONE.has(failure.code) || failure.code === "unreachable") break;
+        if (GONE.has(failure.code) || NO_SERVER.has(failure.code)) break;
       }
     }
     throw problem;
@@ -123,19 +127,27 @@ export class Session {
     }, 500);
   }
 
-  // After a loss: again and again, for as long as the server keeps the session.
+  // After a loss: again and again, for as long as the server keeps the session, or has yet to take it up again.
   async #comeBack() {
     if (this.#over) return;
     this.#way = null;
-    const end = performance.now() + 1000 * this.config.reconnect_seconds;
+    let end = 0;
+    const patient = (seconds) => (end = Math.max(end, performance.now() + 1000 * seconds));
+    patient(this.#restarts ? RESTART : this.config.reconnect_seconds);
     for (let pause = 300; performance.now() < end && !this.#over; pause = Math.min(1.5 * pause, 3000)) {
-      this.changed("lost", { seconds: Math.ceil((end - performance.now()) / 1000) });
+      this.changed("lost", { seconds: Math.ceil((end - performance.now()) / 1000), restarts: this.#restarts });
       try {
         const about = await api.session(this.kept);
-        if (about.state === "closed") return this.#end(about.reason.message);
-        return await this.#connect();
+        if (about.state !== "closed") return await this.#connect();
+        if (about.reason.code !== "restart") return this.#end(about.reason.message);
+        this.#restarts = true;
+        patient(RESTART);
       } catch (problem) {
         if (GONE.has(problem.code)) return this.#end("The session has ended.");
+        if (problem.code === "starting") {
+          this.#restarts = true;
+          patient(this.config.reconnect_seconds);
+        }
       }
       await sleep(pause);
     }
@@ -151,8 +163,14 @@ export class Session {
 
   #event(event) {
     this.#heard = performance.now();
-    if (event.type === "session.closed") this.#end(event.reason.code === "closed" ? null : event.reason.message);
-    else this.told(event);
+    if (event.type !== "session.closed") return this.told(event);
+    const { code, message } = event.reason;
+    if (code !== "restart") return this.#end(code === "closed" ? null : message);
+    this.told(event);
+    this.#restarts = true;
+    if (!this.#way) return; // still connecting: it will be lost
+    this.#way.close();
+    this.#comeBack();
   }
 
   send(verb) {

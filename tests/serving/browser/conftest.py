@@ -107,12 +107,12 @@ def _answers(url: str) -> bool:
 class Puppets:
     """A real server of puppets, in a thread of this process."""
 
-    def __init__(self, host: PuppetHost, settings: ServerConfig) -> None:
+    def __init__(self, host: PuppetHost, settings: ServerConfig, *, ready: bool = True) -> None:
         self.host, self.data = host, settings.data
         self.server: Server = make_server(create_app(host, settings), settings)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
-        wait_for(lambda: self.server.started and self.sessions.ready)
+        wait_for(lambda: self.server.started and self.sessions.ready >= ready)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx2.Client(base_url=self.url, timeout=20.0)
@@ -159,10 +159,10 @@ def puppets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
     with contextlib.ExitStack() as stack:
 
-        def make(host: PuppetHost | None = None, **config: Any) -> Puppets:
-            config = {"tts": "off", "rows": 256, "limits": FAR} | config
-            settings = ServerConfig(port=0, data=tmp_path / "data", **config)
-            made = Puppets(host or PuppetHost(), settings)
+        def make(host: PuppetHost | None = None, *, ready: bool = True, **config: Any) -> Puppets:
+            config = {"port": 0, "tts": "off", "rows": 256, "limits": FAR} | config
+            settings = ServerConfig(data=tmp_path / "data", **config)
+            made = Puppets(host or PuppetHost(), settings, ready=ready)
             stack.callback(made.stop)
             return made
 

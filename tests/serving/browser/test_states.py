@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from lavatar_jax.serving import sessions
+from lavatar_jax.serving.state import SavedRooms
 from tests.serving.browser.chromium import DESKTOP, PHONE, Page
 from tests.serving.browser.conftest import Puppets
 from tests.serving.browser.puppet import PuppetHost
@@ -242,6 +245,40 @@ def test_a_server_that_is_gone(page: Page, puppets: Make) -> None:
     page.show(DESKTOP)
     page.screenshot("gone")
     page.complaints.clear()  # the browser notes each failed request
+
+
+@pytest.mark.parametrize("media", ["webrtc", "ws"])
+def test_a_server_that_restarts(
+    page: Page, puppets: Make, tmp_path: Path, media: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page waits for it, however long that takes, and goes on with its session."""
+    served = puppets(state=tmp_path / "state", reconnect=8.0)
+    begin(page, served, f"/?media={media}")
+    name = served.room.identity.id
+    page.click("#record")
+    wait_for(lambda: served.room.recording and served.room.recording.bytes)
+    page.wait("document.getElementById('record').getAttribute('aria-pressed') === 'true'")
+    served.stop()
+    page.wait(says(VEIL, "The server restarts"))
+    page.screenshot("restart")
+    page.wait("!document.getElementById('recording').hidden")  # what was recorded has been fetched
+    going_on, restore = threading.Event(), SavedRooms.restore
+    monkeypatch.setattr(SavedRooms, "restore", lambda self, host: going_on.wait(60) and restore(self, host))
+    port = int(served.url.rsplit(":")[-1])
+    again = puppets(ready=False, port=port, state=tmp_path / "state", reconnect=8.0)
+    if media == "ws":  # a page that was not told knows it from the new server
+        page.evaluate("window.isOld = true")
+        page.command("Page.reload")
+        page.wait("!window.isOld")
+    time.sleep(9.0)
+    page.wait(says(VEIL, "The server restarts"))
+    going_on.set()
+    page.wait("document.getElementById('veil').hidden")
+    page.wait(LIVE)
+    assert again.room.identity.id == name
+    assert again.room.connections
+    page.complaints.clear()
+    stop(page)
 
 
 def test_a_server_that_stops_says_so(page: Page, puppets: Make) -> None:
