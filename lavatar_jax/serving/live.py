@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.serving.ice import check_ice_servers
 
 MOST = 4  # each makes the start longer
 
@@ -63,7 +64,7 @@ class Live:
     """Certificate chain that signs recordings as "AI generated", with --c2pa-key."""
     c2pa_key: Annotated[Path | None, arg(metavar="PEM")] = None
     ice_server: Annotated[tuple[str, ...], arg(metavar="URL")] = ()
-    """STUN and TURN servers, for clients behind routers."""
+    """For clients behind routers: stun:HOST, or turn:HOST with LAVATAR_TURN_USERNAME and _CREDENTIAL set."""
     open: bool = True
     """Open the page in a browser, where there is one."""
 
@@ -133,6 +134,7 @@ class Live:
                 raise UserError(f"--{option} {given}: give a number from {low} to {high}")
         if not self.idle >= 1:
             raise UserError(f"--idle {self.idle}: give seconds, at least 1")
+        check_ice_servers(self.ice_server)
         for one, other in (("tls_cert", "tls_key"), ("c2pa_cert", "c2pa_key")):
             given = [getattr(self, name) for name in (one, other)]
             if (given[0] is None) != (given[1] is None):

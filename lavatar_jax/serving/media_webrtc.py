@@ -87,7 +87,7 @@ class Call:
         verbs: Verbs,
         *,
         controls: bool,
-        ice_servers: tuple[str, ...],
+        ice_servers: list[dict[str, str]],
         dropped: Any,
     ) -> None:
         self.id = secrets.token_hex(8)
@@ -95,7 +95,7 @@ class Call:
         self.owns_room = False  # the session ends with the call
         self._room, self._verbs = room, verbs
         verbs.tell = self.tell
-        servers = [RTCIceServer(urls=url) for url in ice_servers]  # none: nobody else is asked
+        servers = [RTCIceServer(**about) for about in ice_servers]  # none: nobody is asked
         self._peer = RTCPeerConnection(RTCConfiguration(iceServers=servers))
         self._video, self._sound = Track("video", dropped), Track("audio", dropped)
         self._silence = silent_packet()

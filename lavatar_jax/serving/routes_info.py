@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from lavatar_jax.serving.consent import STATEMENT
 from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.ice import public_ice_servers
 from lavatar_jax.serving.room import MODES
 from lavatar_jax.serving.services import services
 from lavatar_jax.serving.uploads import IMAGE_TYPES
@@ -85,7 +86,7 @@ async def config(request: Request) -> dict[str, object]:
             "watermark": found.config.watermark,
             "c2pa": found.config.c2pa_certificate is not None,
         },
-        "ice_servers": [{"urls": url} for url in found.config.ice_servers],
+        "ice_servers": public_ice_servers(found.config.ice_servers),
     }
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
 
 from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.ice import ice_servers
 from lavatar_jax.serving.media_webrtc import Call
 from lavatar_jax.serving.media_ws import serve_socket
 from lavatar_jax.serving.requests import read_json, refuse_unknown
@@ -32,7 +33,7 @@ async def connect(found: Services, room: Room, sdp: str, *, controls: bool) -> t
         room,
         verbs,
         controls=controls,
-        ice_servers=found.config.ice_servers,
+        ice_servers=ice_servers(found.config.ice_servers),
         dropped=found.metrics.dropped_frames,
     )
     return call, await call.answer(sdp)
@@ -48,6 +49,11 @@ async def answer(request: Request, room: Room, *, controls: bool) -> Response:
     call, answered = await connect(services(request), room, sdp, controls=controls)
     where = f"/v1/sessions/{room.identity.id}/calls/{call.id}"
     return Response(answered, 201, {"Location": where}, media_type=SDP)
+
+
+@router.get("/v1/sessions/{id}/ice", summary="STUN and TURN servers for a call, as browsers take them")
+async def ice(request: Request, room: SeenRoom) -> dict[str, object]:
+    return {"ice_servers": ice_servers(services(request).config.ice_servers)}
 
 
 @router.post("/v1/sessions/{id}/call", status_code=201, summary="Offer in, answer out", openapi_extra=OFFER)

@@ -71,6 +71,8 @@ export function play(kept, file) {
   return json("POST", below(kept, "/speak"), { token: kept.token, body: form, patience: null });
 }
 
+export const iceServers = async (kept) => (await json("GET", below(kept, "/ice"), { token: kept.token })).ice_servers;
+
 // An offer in SDP; returns the answer.
 export async function call(kept, offer) {
   const asked = { token: kept.token, body: offer, type: "application/sdp" };

@@ -86,10 +86,10 @@ export class Session {
     for (const way of this.#ways) {
       try {
         this.#heard = performance.now();
-        const { kept, config, microphone, screen: view } = this;
+        const { kept, microphone, screen: view } = this;
         const lost = () => this.#comeBack();
         const told = (event) => this.#event(event);
-        const opened = await way.connect({ kept, config, microphone, view, told, lost });
+        const opened = await way.connect({ kept, microphone, view, told, lost });
         if (this.#over) return opened.close();
         this.#way = opened;
         const isLast = way === this.#ways.at(-1);

@@ -10,8 +10,8 @@ export const supported = () =>
   (RTCRtpReceiver.getCapabilities?.("video")?.codecs ?? []).some((codec) => /h264/i.test(codec.mimeType));
 
 // Resolves when connected. `view`: what shows it; `told`: events; `lost`: it broke, called once.
-export async function connect({ kept, config, microphone, view, told, lost }) {
-  const peer = new RTCPeerConnection({ iceServers: config.ice_servers });
+export async function connect({ kept, microphone, view, told, lost }) {
+  const peer = new RTCPeerConnection({ iceServers: await api.iceServers(kept) });
   const up = peer.addTransceiver(microphone.track ?? "audio", { direction: "sendrecv" });
   peer.addTransceiver("video", { direction: "recvonly" });
   const channel = peer.createDataChannel("events");

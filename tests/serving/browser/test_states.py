@@ -351,3 +351,17 @@ def test_every_control_has_a_name(page: Page, puppets: Make) -> None:
     assert len(found) > 10
     nameless = [node["role"]["value"] for node in found if not node.get("name", {}).get("value")]
     assert not nameless
+
+
+def test_a_call_by_way_of_turn(page: Page, puppets: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Browsers throw where a TURN server comes without credentials."""
+    monkeypatch.setenv("LAVATAR_TURN_USERNAME", "avatar")
+    monkeypatch.setenv("LAVATAR_TURN_CREDENTIAL", "secret")
+    page.before_loading(
+        "const Peer = RTCPeerConnection; window.RTCPeerConnection = class extends Peer "
+        "{ constructor(about) { super(about); window.used = this.getConfiguration().iceServers; } }"
+    )
+    served = puppets(ice_servers=("turn:127.0.0.1:9",))
+    begin(page, served, "/?media=webrtc")
+    assert page.evaluate("window.used[0].username") == "avatar"
+    stop(page)
