@@ -25,6 +25,7 @@ LOST = 3  # exit code of a process that ends because another one did
 class DistributedConfig:
     """Who trains together. Tasks of one SLURM step find each other; others need the first three options.
 
+    A process computes on all devices that it sees; of several SLURM tasks on a machine each takes one GPU.
     `coordinator`: host:port of process 0. `heartbeat`: seconds until a silent process counts as lost.
     """
 
@@ -51,8 +52,10 @@ def initialize(config: DistributedConfig) -> None:
             "num_processes": config.processes,
             "process_id": config.process_id,
         }
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    elif _slurm("NUM_TASKS") == 1:
         return
+    if _has_machine_alone():  # jax would take it for one of several tasks there, and show it one GPU
+        options["local_device_ids"] = []  # no choice: all
     try:
         jax.distributed.initialize(
             **options,
@@ -61,6 +64,17 @@ def initialize(config: DistributedConfig) -> None:
         )
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the other processes did not come together: {_first_line(error)}") from None
+
+
+def _slurm(name: str) -> int:
+    """A number of this process's SLURM step; 1 without SLURM."""
+    return int(os.environ.get(f"SLURM_STEP_{name}", "1"))
+
+
+def _has_machine_alone() -> bool:
+    """Whether this is a SLURM task with no other beside it, and nobody said which devices it takes."""
+    alone = "SLURM_JOB_ID" in os.environ and _slurm("NUM_TASKS") <= _slurm("NUM_NODES")
+    return alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
 class Agreement:

@@ -82,8 +82,12 @@ class RunLog:
 
     def bad_step(self, step: int, complaint: str) -> None:
         self._write({"bad_step": {"step": step, "message": complaint}})
+        self.say(complaint)
+
+    def say(self, line: str) -> None:
+        """On the screen only."""
         if self.first:
-            self._bar.console.print(complaint, highlight=False)
+            self._bar.console.print(line, highlight=False)
 
     def saving(self, step: int, done: float) -> None:
         self._bar.update(self._task, completed=done, step=step, status="saving")

@@ -74,6 +74,14 @@ def interruption() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _devices(mesh: Mesh) -> str:
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"training on {mesh.size} of {jax.device_count()} devices ({shape}); "
+        f"{jax.local_device_count()} in this process, processes: {jax.process_count()}"
+    )
+
+
 def fit(
     step_fn: StepFn[State],
     state: State,
@@ -151,6 +159,7 @@ def fit(
         sharded_training(mesh),
         jax.transfer_guard("disallow"),
     ):
+        run.log.say(_devices(mesh))
         while run.done < 1.0 and not run.stopping and run.step != stop_at:
             batch = next(batches)
             rate = config.learning_rate * schedule(run.done, warmup=config.warmup, kind=optim_schedule)

@@ -13,7 +13,7 @@ from lavatar_jax.parallel import put_batch
 from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import schedule
-from tests.training.toy_run import BATCH, Batches, begin, mesh_of
+from tests.training.toy_run import BATCH, Batches, begin, mesh_of, train
 
 
 def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
@@ -71,6 +71,12 @@ def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
     config = LoopConfig(steps=2, batch=BATCH)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         fit(careless, state, frozen, Careless(), config, tmp_path)
+
+
+def test_a_run_says_what_it_computes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train(tmp_path, 1, mesh_of(2, 1, 1))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training on 2 of 9 devices (data 2 x fsdp 1 x tensor 1); 9 in this process, processes: 1" in said
 
 
 def test_a_batch_is_put_as_it_is():
