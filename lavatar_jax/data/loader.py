@@ -8,30 +8,24 @@ machines share a batch, or on when a run was interrupted.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
-from absl import flags
 from array_record.python import array_record_module
 
+from lavatar_jax.data.batches import EPOCHS, Batch, Batches, rows_of_part
 from lavatar_jax.data.records import Record, decode_record, shapes
 from lavatar_jax.data.shards import read_dataset, read_manifest
 from lavatar_jax.data.skipped import SkippedLog
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.words import encode_words
 
-Batch = dict[str, np.ndarray]
-
 NORMALISED = ("latent", "reference", "motion", "pose")
 UNBATCHED = ("text", "spread")  # padded to one length, or not for training: not part of a bucket's shapes
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-EPOCHS = 1_000_000  # endless; grain's own endless repetition overflows behind a batch
 ATTEMPTS = 64  # records to try in the place of one that cannot be read
 
 
@@ -219,28 +213,9 @@ def _batched(sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in sizes.items() if name not in UNBATCHED}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The rows of a batch that one process loads: a contiguous part, so that the parts in order of the
-    processes are the batch that a single process would load."""
-
-    start: int
-    stop: int
-
-    def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        return numbers[self.start : self.stop]
-
-
 def record_batches(
-    source: ShardSource,
-    *,
-    batch: int,
-    seed: int,
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 4,
-) -> grain.DatasetIterator:
+    source: ShardSource, *, batch: int, seed: int, workers: int = 0, prefetch: int = 4
+) -> Batches:
     """Endless shuffled batches: dicts of arrays, float32 but for `record`; a batch has one latent shape.
 
         latent [B, F, h, w, Z] and reference [B, 1, h, w, Z], normalised by the folder's mean and std
@@ -250,49 +225,19 @@ def record_batches(
         openness [B, T], motion [B, Fm, h, w, Z] and pose [B, F, h, w, Z] where the bucket's records have them
 
     Buckets take turns in proportion to their sizes, on all processes alike. Every record comes once an epoch.
-
-    Args:
-        batch: records of a step over all processes; this one gets `batch / process_count` of them.
-        workers: processes that read and decode. They import the main script again, so its code must be under
-            `if __name__ == "__main__"`; close the iterator to end them.
-        prefetch: batches to read ahead.
-
-    `get_state()` (JSON) and `set_state()` go on exactly, in the middle of an epoch too, with the same number
-    of workers. Raises UserError where the batch does not split, or in a worker that runs an unguarded script.
+    `batch`: records of a step over all processes; `workers`, `prefetch` and UserError as for `Batches`.
     """
-    if batch < 1 or batch % process_count:
-        raise UserError(
-            f"a batch of {batch} does not split over {process_count} processes; choose a multiple"
-        )
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            "data workers import the main script again and it starts workers itself; put its code under "
-            'if __name__ == "__main__", or set workers to 0'
-        )
-    share = batch // process_count
-    rows = _Rows(process_index * share, (process_index + 1) * share)
-    numbers = [
-        grain.MapDataset.source(bucket.records).seed(seed + i).shuffle().repeat(EPOCHS).batch(batch)
-        for i, bucket in enumerate(source.buckets)
-    ]
-    if len(numbers) > 1:
-        order = grain.MapDataset.mix(numbers, weights=[len(bucket.records) for bucket in source.buckets])
-    else:
-        order = numbers[0]
-    options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
-    batches = order.map(rows).map(source.read_batch).to_iter_dataset(options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its flags, and this is no absl program
-            flags.FLAGS.mark_as_parsed()
-        processes = grain.multiprocessing.MultiprocessingOptions(
-            num_workers=workers, per_worker_buffer_size=2
-        )
-        batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
-    return iter(batches)
 
+    def order(part: int, parts: int) -> grain.MapDataset:
+        rows = rows_of_part(batch, part, parts)
+        numbers = [
+            grain.MapDataset.source(bucket.records).seed(seed + i).shuffle().repeat(EPOCHS).batch(batch)
+            for i, bucket in enumerate(source.buckets)
+        ]
+        if len(numbers) > 1:
+            whole = grain.MapDataset.mix(numbers, weights=[len(bucket.records) for bucket in source.buckets])
+        else:
+            whole = numbers[0]
+        return whole.map(lambda numbers: source.read_batch(numbers[rows]))
 
-def _start_worker(index: int, count: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and never touches an accelerator."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Batches(order, workers=workers, prefetch=prefetch)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from rich.progress import track
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
+from lavatar_jax.data.batches import Batches
 from lavatar_jax.data.faces import Identity, Motion, attention_map
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.records import Record
@@ -197,20 +197,14 @@ def open_latents(
 
 def open_training(
     data: LatentsConfig, train: LoopConfig, out: Path, *, held_out: int = 0
-) -> tuple[ShardSource, grain.DatasetIterator]:
-    """Encode clips if needed -> (all records, this process's share of endless batches). Raises UserError.
+) -> tuple[ShardSource, Batches]:
+    """Encode clips if needed -> (all records, this process's part of endless batches). Raises UserError.
 
     Records that cannot be read are named in a file of the run's folder `out`. No batch has the last
     `held_out` records.
     """
     first_process_only(lambda: prepare_latents(data))
     source = open_latents(data, skipped_log=out / "skipped_records.jsonl", held_out=held_out)
-    batches = record_batches(
-        source,
-        batch=train.batch,
-        seed=train.seed,
-        workers=train.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)
+    batches.take_part(jax.process_index(), jax.process_count())
     return source, batches

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -47,6 +46,16 @@ class Resumable(Protocol):
 
     @property
     def seconds(self) -> jax.Array: ...
+
+
+class Feed(Protocol):
+    """Endless batches that are gone on with exactly; `data.batches.Batches` is one."""
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 State = TypeVar("State", bound=Resumable)
@@ -86,7 +95,7 @@ def fit(
     step_fn: StepFn[State],
     state: State,
     frozen: Any,
-    batches: grain.DatasetIterator,
+    batches: Feed,
     config: LoopConfig,
     out: Path,
     *,

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grain
 import optax
 from jax.sharding import Mesh
 
@@ -15,7 +14,7 @@ from lavatar_jax.checkpoints.runs import CheckpointConfig
 from lavatar_jax.parallel import MeshConfig
 from lavatar_jax.training.distributed import DistributedConfig
 from lavatar_jax.training.logs import LogConfig
-from lavatar_jax.training.loop import LoopConfig, State, StepFn, fit
+from lavatar_jax.training.loop import Feed, LoopConfig, State, StepFn, fit
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import LossFn, TrainStep, make_train_step
@@ -61,7 +60,7 @@ def fit_run(
     step_fn: StepFn[State],
     state: State,
     frozen: Any,
-    batches: grain.DatasetIterator,
+    batches: Feed,
     mesh: Mesh,
     **options: Any,
 ) -> State:

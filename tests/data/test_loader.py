@@ -86,8 +86,8 @@ def test_every_record_comes_once_an_epoch_in_another_order(prepared: Path):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_restored_iterator_goes_on_exactly_in_the_middle_of_an_epoch(prepared: Path, workers: int):
+@pytest.mark.parametrize(("workers", "later"), [(0, 0), (2, 0), (0, 2)])
+def test_a_restored_iterator_goes_on_exactly_with_any_workers(prepared: Path, workers: int, later: int):
     source = open_source(prepared)
     straight = record_batches(source, batch=4, seed=1)
     expected = [next(straight) for _ in range(9)]
@@ -98,7 +98,7 @@ def test_a_restored_iterator_goes_on_exactly_in_the_middle_of_an_epoch(prepared:
         state = json.loads(json.dumps(batches.get_state()))
     finally:
         batches.close()
-    restored = record_batches(source, batch=4, seed=1, workers=workers)
+    restored = record_batches(source, batch=4, seed=1, workers=later)
     try:
         restored.set_state(state)
         for want in expected[3:]:
@@ -107,15 +107,38 @@ def test_a_restored_iterator_goes_on_exactly_in_the_middle_of_an_epoch(prepared:
         restored.close()
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"next_index": 3},
+        {
+            "next_index_in_cycle": 1, "next_index_in_datasets": 2, "iterators_in_use_indices": [0, 1],
+            "iterators_in_use_states": [{"next_index": 2}, {"next_index": 1}], "exhausted": [0, 0],
+            "future_states": {},
+        },
+    ],
+    ids=["of no workers", "of two workers"],
+)  # fmt: skip
+def test_an_earlier_checkpoint_has_the_state_of_grains_iterator(prepared: Path, state: dict):
+    source = open_source(prepared)
+    straight, restored = (record_batches(source, batch=4, seed=1) for _ in range(2))
+    restored.set_state(state)
+    for _ in range(3):
+        next(straight)
+    assert_equal(next(restored), next(straight))
+
+
 def test_two_processes_share_the_batches_of_one(prepared: Path):
     source = open_source(prepared)
     whole = record_batches(source, batch=4, seed=5)
-    halves = [record_batches(source, batch=4, seed=5, process_index=i, process_count=2) for i in range(2)]
+    halves = [record_batches(source, batch=4, seed=5) for _ in range(2)]
+    for part, half in enumerate(halves):
+        half.take_part(part, 2)
     for _ in range(8):
         parts = [next(half) for half in halves]
         assert_equal(next(whole), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     with pytest.raises(UserError, match="does not split over 3"):
-        record_batches(source, batch=4, seed=5, process_count=3)
+        whole.take_part(0, 3)
 
 
 def test_a_batch_has_one_latent_size_and_buckets_take_turns_by_their_sizes(tmp_path: Path):
