@@ -17,5 +17,5 @@ def get_config() -> DecoderRun:
         predictions=PredictionsConfig(),
         sampling=SAMPLING,
         loss=VAELossConfig(square=8.0),
-        train=LoopConfig(seconds=1500, learning_rate=2e-3, ema_decay=0.99, checkpoint_seconds=120),
+        train=LoopConfig(seconds=1500, learning_rate=2e-3, batch=8, ema_decay=0.99, checkpoint_seconds=120),
     )

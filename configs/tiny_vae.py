@@ -24,7 +24,7 @@ def get_config() -> VAERun:
     return VAERun(
         model=MODEL,
         samples=SamplesConfig(records=3),
-        data=ClipsConfig(clips=1400, crop_frames=25, crops=2),
+        data=ClipsConfig(clips=1400, crop_frames=25),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),
-        train=LoopConfig(seconds=7200, learning_rate=4e-3, batch=4, ema_decay=0.99, checkpoint_seconds=120),
+        train=LoopConfig(seconds=7200, learning_rate=4e-3, batch=2, ema_decay=0.99, checkpoint_seconds=120),
     )

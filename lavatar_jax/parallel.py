@@ -179,8 +179,13 @@ class MeshConfig:
     tensor: int = 1
 
 
-def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def train_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, samples: int | None = None
+) -> Mesh:
     """The mesh (data, fsdp, tensor); with several processes, of all devices.
+
+    `samples`: of one batch. A single process, where `config.data` is None, uses only as many devices as can
+    share them evenly: a small recipe runs on a large machine too.
 
     Raises UserError when devices are missing, or would be left over in another process.
     """
@@ -189,6 +194,8 @@ def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     if data is None:
         alone = found[0].platform == "cpu" and jax.process_count() == 1
         data = 1 if alone else max(1, len(found) // inner)
+        if samples is not None and jax.process_count() == 1:
+            data = next((n for n in range(data, 0, -1) if samples % (n * config.fsdp) == 0), data)
     taken = take_devices(data * inner, found)
     if jax.process_count() > 1 and len(taken) != len(found):
         raise UserError(
@@ -232,12 +239,17 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """How many devices, or groups of them with tensor parallelism, a batch is split over."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's samples (numpy, [B, ...] each) -> global arrays, split over data and fsdp.
 
     Raises UserError when the samples of all processes cannot be split evenly.
     """
-    shards, processes = mesh.shape[DATA] * mesh.shape[FSDP], jax.process_count()
+    shards, processes = batch_shards(mesh), jax.process_count()
     sharding = NamedSharding(mesh, BATCH)
 
     def put(leaf: Any) -> jax.Array:

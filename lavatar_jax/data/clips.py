@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from lavatar_jax.data.batches import EPOCHS, Batches, stacked
 from lavatar_jax.data.faces import random_training_frames
 
 WEIGHT_STEP = 1 / 16  # loss weights are stored as bytes in this unit, every 4th pixel
@@ -24,9 +25,10 @@ WEIGHT_STRIDE = 4
 class ClipsConfig:
     """Rendered clips and how batches are cut from them.
 
-    A batch is either `crops` short windows of `crop_size` pixels or `full` whole clips; the two kinds
-    alternate at random. Crops show the network more people for the same cost, whole clips teach it the
-    border, the attention at native size and a longer history. Small batches and many steps learn fastest.
+    A batch is either short windows of `crop_size` pixels (`--train.batch` of them) or whole clips (as few as
+    the devices can share); the two kinds take turns. Crops show the network more people for the same cost,
+    whole clips teach it the border, the attention at native size and a longer history. Small batches and many
+    steps learn fastest.
     """
 
     folder: str = "runs/clips"
@@ -35,8 +37,6 @@ class ClipsConfig:
     size: int = 128
     crop_size: int = 64
     crop_frames: int = 5  # 1 + 4k
-    crops: int = 4
-    full: int = 1
     full_share: float = 0.2  # of the batches
     seed: int = 0
 
@@ -107,17 +107,28 @@ class ClipArrays:
 
 
 class ClipSource:
-    """Random access to the rendered clips (a grain data source)."""
+    """Random access to rows of the arrays in a folder of `ClipArrays` (a grain data source).
 
-    def __init__(self, folder: str | Path):
-        self.video = np.load(Path(folder) / "video.npy", mmap_mode="r")
-        self.weight = np.load(Path(folder) / "weight.npy", mmap_mode="r")
+    Worker processes open the files anew.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: tuple[str, ...] = ("video", "weight"),
+        clips: slice = slice(None),
+    ) -> None:
+        self._opened = (folder, names, clips)
+        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r")[clips] for name in names}
+
+    def __reduce__(self) -> tuple[type[ClipSource], tuple[object, ...]]:
+        return type(self), self._opened
 
     def __len__(self) -> int:
-        return len(self.video)
+        return len(self.arrays["video"])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"video": self.video[index], "weight": self.weight[index]}
+        return {name: array[index] for name, array in self.arrays.items()}
 
 
 def random_crop(
@@ -143,21 +154,26 @@ def random_crop(
     return {"video": np.ascontiguousarray(video), "weight": np.ascontiguousarray(weight)}
 
 
-def clip_batches(config: ClipsConfig) -> grain.DatasetIterator:
-    """Endless batches `{"video": uint8 [B, T, H, W, 3], "weight": uint8 [B, T, H/4, W/4]}` of both kinds."""
+def clip_batches(config: ClipsConfig, *, crops: int, whole: int, workers: int = 0) -> Batches:
+    """Endless batches `{"video": uint8 [B, T, H, W, 3], "weight": uint8 [B, T, H/4, W/4]}` of both kinds:
+    `crops` windows, or `whole` clips."""
     source = ClipSource(config.folder)
 
-    def stream(size: int, frames: int, batch: int, seed: int) -> grain.IterDataset:
+    def samples(size: int, frames: int, seed: int) -> grain.MapDataset:
         crop = functools.partial(random_crop, size=size, frames=frames)
-        clips = grain.MapDataset.source(source).seed(seed).shuffle().repeat(1_000_000)
-        return clips.random_map(crop).to_iter_dataset().batch(batch)
+        return grain.MapDataset.source(source).seed(seed).shuffle().repeat(EPOCHS).random_map(crop)
 
     kinds = [
-        (stream(config.crop_size, config.crop_frames, config.crops, config.seed), 1.0 - config.full_share),
-        (stream(config.size, config.frames, config.full, config.seed + 1), config.full_share),
+        (samples(config.crop_size, config.crop_frames, config.seed), crops, 1.0 - config.full_share),
+        (samples(config.size, config.frames, config.seed + 1), whole, config.full_share),
     ]
-    kinds = [(dataset, share) for dataset, share in kinds if share > 0]
-    return iter(grain.IterDataset.mix([k for k, _ in kinds], weights=[share for _, share in kinds]))
+    kinds = [kind for kind in kinds if kind[2] > 0]
+
+    def order(part: int, parts: int) -> grain.MapDataset:
+        batches = [stacked(clips, batch, part, parts) for clips, batch, _ in kinds]
+        return grain.MapDataset.mix(batches, weights=[share for *_, share in kinds])
+
+    return Batches(order, workers=workers)
 
 
 def unpack(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -72,6 +72,7 @@ class Flight:
     rate: float
     metrics: dict[str, Any]
     agreed: Any  # [2]: whether to stop, seconds
+    samples: int  # of all processes
     records: Any  # of this process's samples, or None
 
 
@@ -93,7 +94,8 @@ class Bookkeeping:
         self.stopping, self._saved = False, seconds
         self.failure: UserError | None = None  # to raise when all is saved
         self._window: list[dict[str, Any]] = []
-        self._times: list[float] = []
+        self._times: list[float] = []  # that steps took
+        self._rates: list[float] = []  # samples a second in those steps
         self._landed: float | None = None
         gpu = find_gpu(mesh.devices.flat[0].device_kind)
         self._flops = flops / (gpu.bf16 * 1e12 * mesh.size) if gpu is not None and flops else None
@@ -121,6 +123,7 @@ class Bookkeeping:
         now = time.perf_counter()
         if self._landed is not None:
             self._times.append(now - self._landed)
+            self._rates.append(flight.samples / self._times[-1])
         self._landed = now
         self.watch.run()  # from the first step on: its compilation is not training
         self.stopping, self.seconds = self.stopping or bool(agreed[0]), float(agreed[1])
@@ -132,7 +135,7 @@ class Bookkeeping:
             self._window.append(metrics)
         if flight.step % self.config.log_every == 0 and self._window:
             self.log.steps(flight.step, self.done, self._summary(flight.rate))
-            self._window, self._times = [], self._times[-1:]
+            self._window, self._times, self._rates = [], self._times[-1:], self._rates[-1:]
 
     def _judge(self, flight: Flight, metrics: dict[str, Any]) -> str | None:
         records = flight.records
@@ -148,8 +151,7 @@ class Bookkeeping:
         means = {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
         numbers = {"seconds": round(self.seconds, 1), "rate": rate, **means}
         if self._times:
-            step_seconds = float(np.median(self._times))
-            numbers["samples_per_second"] = self.config.batch / step_seconds
+            numbers["samples_per_second"] = float(np.median(self._rates))
             if self._flops is not None:
-                numbers["mfu"] = self._flops / step_seconds
+                numbers["mfu"] = self._flops / float(np.median(self._times))
         return numbers

@@ -25,7 +25,8 @@ from rich.progress import track
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
-from lavatar_jax.data.clips import WEIGHT_STEP, WEIGHT_STRIDE, ClipArrays, unpack
+from lavatar_jax.data.batches import EPOCHS, Batches, stacked
+from lavatar_jax.data.clips import WEIGHT_STEP, WEIGHT_STRIDE, ClipArrays, ClipSource, unpack
 from lavatar_jax.data.faces import attention_map
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, v_to_x0
@@ -61,7 +62,6 @@ class PredictionsConfig:
 
     folder: str = "runs/predictions"
     clips: int = 600  # the first of the records
-    batch: int = 8
     cells: int = 8  # latent rows and columns of a window
     truth: float = 0.3  # share of the windows with the encoder's latents instead of predicted ones
     seed: int = 0
@@ -175,20 +175,6 @@ def _check_same_network(config: DecoderRun) -> None:
     os.replace(temporary, note)
 
 
-class PredictionSource:
-    """Random access to some clips in a folder of `prepare_predictions` (a grain data source)."""
-
-    def __init__(self, folder: str | Path, clips: slice) -> None:
-        names = ("latent", "video", "weight")
-        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r")[clips] for name in names}
-
-    def __len__(self) -> int:
-        return len(self.arrays["video"])
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: array[index] for name, array in self.arrays.items()}
-
-
 def random_window(
     clip: dict[str, np.ndarray], rng: np.random.Generator, *, past: int, cells: int, truth: float
 ) -> dict[str, np.ndarray]:
@@ -206,13 +192,20 @@ def random_window(
     return {name: np.ascontiguousarray(array) for name, array in result.items()}
 
 
-def window_batches(config: PredictionsConfig, past: int, held_out: int = 0) -> grain.DatasetIterator:
+def predicted_clips(config: PredictionsConfig, clips: slice) -> ClipSource:
+    """Random access to some clips in a folder of `prepare_predictions`."""
+    return ClipSource(config.folder, ("latent", "video", "weight"), clips)
+
+
+def window_batches(
+    config: PredictionsConfig, past: int, held_out: int = 0, *, batch: int, workers: int = 0
+) -> Batches:
     """Endless batches of windows of all clips but the last `held_out`: `latent` [B, 2 past, c, c, Z], `video`
     and `weight` as `data.clips`."""
     cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth)
-    source = PredictionSource(config.folder, slice(config.clips - held_out))
-    clips = grain.MapDataset.source(source).seed(config.seed).shuffle()
-    return iter(clips.repeat(1_000_000).random_map(cut).to_iter_dataset().batch(config.batch))
+    source = predicted_clips(config, slice(config.clips - held_out))
+    clips = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat(EPOCHS).random_map(cut)
+    return Batches(functools.partial(stacked, clips, batch), workers=workers, counted=batch)
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
@@ -241,7 +234,7 @@ def make_sampler(
     count, given = config.samples.records, config.predictions
     if not count or jax.process_count() > 1:
         return None
-    held_out = PredictionSource(given.folder, slice(given.clips - count, given.clips))
+    held_out = predicted_clips(given, slice(given.clips - count, given.clips))
     draw = jax.jit(lambda vae, latent: jnp.clip(vae.decode(latent.astype(jnp.float32)), -1, 1))
 
     def sample(state: TrainState, folder: Path) -> None:
@@ -257,13 +250,15 @@ def make_sampler(
 
 def train_decoder(config: DecoderRun) -> TrainState:
     """Predict clips if needed, then train (or go on with) the decoder in `config.out`. Raises UserError."""
-    mesh, train = train_mesh(config.mesh), config.train
+    train = config.train
+    mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed)
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     held_out = config.samples.records
-    batches = window_batches(config.predictions, config.data.motion_latents, held_out)
+    past = config.data.motion_latents
+    batches = window_batches(config.predictions, past, held_out, batch=train.batch, workers=train.workers)
     sample = make_sampler(config, lambda state: weights.merge(state.average, weights.frozen))
     return fit_run(config, step_fn, state, weights.frozen, batches, mesh, sample=sample)

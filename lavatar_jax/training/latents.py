@@ -198,13 +198,11 @@ def open_latents(
 def open_training(
     data: LatentsConfig, train: LoopConfig, out: Path, *, held_out: int = 0
 ) -> tuple[ShardSource, Batches]:
-    """Encode clips if needed -> (all records, this process's part of endless batches). Raises UserError.
+    """Encode clips if needed -> (all records, endless batches). Raises UserError.
 
     Records that cannot be read are named in a file of the run's folder `out`. No batch has the last
     `held_out` records.
     """
     first_process_only(lambda: prepare_latents(data))
     source = open_latents(data, skipped_log=out / "skipped_records.jsonl", held_out=held_out)
-    batches = record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)
-    batches.take_part(jax.process_index(), jax.process_count())
-    return source, batches
+    return source, record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)

@@ -20,6 +20,7 @@ from lavatar_jax.checkpoints.runs import CheckpointConfig, RunCheckpoints
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import (
     MeshConfig,
+    batch_shards,
     put_batch,
     put_everywhere,
     put_tree,
@@ -51,6 +52,9 @@ class Resumable(Protocol):
 class Feed(Protocol):
     """Endless batches that are gone on with exactly; `data.batches.Batches` is one."""
 
+    def take_part(self, part: int, parts: int) -> None:
+        """From now on only one of equal parts of every batch, in the order of the rows."""
+
     def __next__(self) -> Any: ...
 
     def get_state(self) -> dict[str, Any]: ...
@@ -81,6 +85,17 @@ def interruption() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def check_batch(config: LoopConfig, mesh: Mesh) -> None:
+    """Raises UserError when samples of a step cannot be shared evenly, in every part of an accumulation."""
+    shards, parts = batch_shards(mesh), config.accumulate
+    if config.batch % (shards * parts):
+        raise UserError(
+            f"--train.batch {config.batch} cannot be split evenly over {shards} (data x fsdp) devices"
+            + (f" in {parts} equal parts" if parts > 1 else "")
+            + f": choose a multiple of {shards * parts}, or another --mesh.data"
+        )
 
 
 def _devices(mesh: Mesh) -> str:
@@ -119,7 +134,8 @@ def fit(
             `loss`. It is compiled here, with the state split as `parallel.state_shardings` says and donated.
         state: a registered dataclass with `step` and `seconds`.
         frozen: a pytree of what is not trained: an argument of the step, no part of checkpoints.
-        batches: dicts of numpy arrays [B, ...], this process's share; `record` [B] names the samples.
+        batches: dicts of numpy arrays [B, ...], of which each process takes the part that its devices need;
+            `record` [B] names the samples.
         mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
         evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best.
         sample: writes pictures or videos of a state into a folder, for the report.
@@ -130,8 +146,8 @@ def fit(
     when a bad step is to stop the run.
     """
     mesh = train_mesh(MeshConfig(data=1), jax.devices()[:1]) if mesh is None else mesh
-    if config.batch % config.accumulate:
-        raise UserError(f"--train.batch {config.batch} cannot be split into {config.accumulate} equal parts")
+    check_batch(config, mesh)
+    batches.take_part(jax.process_index(), jax.process_count())
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
     shardings = state_shardings(state, mesh)
     state, place = checkpoints.restore(put_tree(state, shardings))
@@ -173,14 +189,16 @@ def fit(
             batch = next(batches)
             rate = config.learning_rate * schedule(run.done, warmup=config.warmup, kind=optim_schedule)
             run.log.profile(run.step)
-            state, metrics = compiled(
-                state, frozen, put_batch(batch, mesh), put_everywhere(np.float32(rate), mesh)
-            )
+            placed = put_batch(batch, mesh)
+            samples = len(jax.tree.leaves(placed)[0])
+            state, metrics = compiled(state, frozen, placed, put_everywhere(np.float32(rate), mesh))
             run.step += 1
             records = batch.get("record") if isinstance(batch, dict) else None
             landed, pending = (
                 pending,
-                Flight(run.step, rate, metrics, agree(interrupted.is_set(), run.watch.read()), records),
+                Flight(
+                    run.step, rate, metrics, agree(interrupted.is_set(), run.watch.read()), samples, records
+                ),
             )
             if landed is not None:  # the one before: the devices have the next to work on meanwhile
                 run.land(landed)

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lavatar_jax.config import VAEConfig
+from lavatar_jax.data.batches import Batches
 from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpack
 from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.models.vae import CausalVAE, make_vae
-from lavatar_jax.parallel import train_mesh
+from lavatar_jax.parallel import batch_shards, train_mesh
 from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
@@ -156,9 +158,17 @@ def make_sampler(
     return sample
 
 
+def shared_batches(config: VAERun, mesh: Mesh) -> Batches:
+    """Of `--train.batch` crops, or of as few whole clips as devices and parts can share evenly."""
+    train = config.train
+    whole = batch_shards(mesh) * train.accumulate
+    return clip_batches(config.data, crops=train.batch, whole=whole, workers=train.workers)
+
+
 def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`."""
-    mesh, train = train_mesh(config.mesh), config.train
+    train = config.train
+    mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: render_clips(config.data))
 
     def adjust(params: Params) -> Params:
@@ -168,7 +178,7 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
-    batches = clip_batches(config.data)
+    batches = shared_batches(config, mesh)
     return fit_run(
         config,
         step_fn,

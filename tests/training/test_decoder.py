@@ -69,11 +69,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderRun:
         init=None,
         model=VAE,
         data=data,
-        predictions=PredictionsConfig(folder=str(tmp_path / "predictions"), clips=3, batch=2, cells=2),
+        predictions=PredictionsConfig(folder=str(tmp_path / "predictions"), clips=3, cells=2),
         sampling=SAMPLING,
         loss=VAELossConfig(),
         optim=OptimConfig(kind="adamw"),
-        train=LoopConfig(steps=2, learning_rate=1e-2),
+        train=LoopConfig(steps=2, batch=2, learning_rate=1e-2),
     )
 
 
@@ -162,13 +162,13 @@ def test_only_the_decoder_learns(run: DecoderRun) -> None:
     assert moved
     assert all(name.startswith(("decoder", "post_quant")) for name in moved)
     assert read_average(Path(run.out)).keys() == first.keys()
-    shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3)).items()}
+    shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3, batch=2)).items()}
     assert shapes == {"latent": (2, 6, 2, 2, 3), "video": (2, 12, 16, 16, 3), "weight": (2, 12, 4, 4)}
 
 
 def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun) -> None:
     prepare_predictions(run)
-    batch = next(window_batches(run.predictions, 3))
+    batch = next(window_batches(run.predictions, 3, batch=2))
     vae = make_vae(VAE, rngs=nnx.Rngs(0))
     loss, _ = decoder.make_loss(lambda params, frozen: vae, run.loss)({}, {}, batch, jax.random.key(0))
     video, weight = unpack(batch)
@@ -176,6 +176,24 @@ def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun) -> None:
     assert float(loss) == pytest.approx(
         float(reconstruction_loss(whole, video, weight, run.loss)[0]), rel=1e-5
     )
+
+
+def test_processes_draw_parts_of_the_same_windows(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "latent.npy", random.normal(size=(3, 2, 6, 4, 4, 3)).astype(np.float16))
+    np.save(tmp_path / "video.npy", random.integers(0, 255, (3, 21, 32, 32, 3)).astype(np.uint8))
+    np.save(tmp_path / "weight.npy", random.integers(0, 255, (3, 21, 8, 8)).astype(np.uint8))
+    config = PredictionsConfig(folder=str(tmp_path), clips=3, cells=2)
+    whole, *halves, later = (window_batches(config, 3, batch=2) for _ in range(4))
+    for part, half in enumerate(halves):
+        half.take_part(part, 2)
+    batches = [next(whole) for _ in range(3)]
+    for batch in batches:
+        parts = [next(half) for half in halves]
+        for name, value in batch.items():
+            np.testing.assert_array_equal(value, np.concatenate([half[name] for half in parts]))
+    later.set_state({"next_index": 4})  # of grain's iterator, in an earlier checkpoint, which counted windows
+    np.testing.assert_array_equal(next(later)["latent"], batches[2]["latent"])
 
 
 def test_held_out_clips_are_shown_and_not_trained_on(run: DecoderRun, tmp_path: Path) -> None:
@@ -191,7 +209,7 @@ def test_held_out_clips_are_shown_and_not_trained_on(run: DecoderRun, tmp_path: 
     video = np.load(folder / "video.npy", mmap_mode="r+")
     video[2] = 255  # the last clip
     video.flush()
-    batches = window_batches(run.predictions, 3, held_out=1)
+    batches = window_batches(run.predictions, 3, held_out=1, batch=2)
     assert not any((next(batches)["video"] == 255).all(axis=(1, 2, 3, 4)).any() for _ in range(20))
     with pytest.raises(UserError, match=r"--samples\.records 3 leaves no clip"):
         prepare_predictions(dataclasses.replace(run, samples=SamplesConfig(records=3)))

@@ -1,5 +1,7 @@
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grain
 import jax
@@ -9,7 +11,10 @@ import pytest
 from flax import nnx
 
 from lavatar_jax.checkpoints.runs import RunCheckpoints, read_average
+from lavatar_jax.data.batches import Batches
 from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import MeshConfig, train_mesh
+from lavatar_jax.training.bookkeeping import Bookkeeping, Flight
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import make_optimizer, matrix_axes, schedule
 from lavatar_jax.training.state import create_state, make_train_step, split_model
@@ -37,7 +42,7 @@ def setup(width: int = 3):
 
 def batches():
     data = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
-    return iter(grain.MapDataset.source(data).shuffle(seed=1).repeat().to_iter_dataset().batch(4))
+    return Batches(lambda part, parts: grain.MapDataset.source(data).shuffle(seed=1).repeat(99).batch(4))
 
 
 CONFIG = LoopConfig(steps=12, batch=4, log_every=4, warmup=0.1, learning_rate=0.3)
@@ -91,6 +96,17 @@ def test_muon_sees_kernels_as_input_by_output_and_leaves_the_rest():
     assert matrix_axes("blocks.q.weight", jnp.zeros((6, 4, 8)), ("blocks",)) == ((1,), 2)
     assert matrix_axes("blocks.norm.weight", jnp.zeros((6, 4)), ("blocks",)) is None
     assert matrix_axes("table", jnp.zeros((6, 4)), ()) is None
+
+
+def test_the_throughput_is_of_the_samples_that_a_step_had(monkeypatch: pytest.MonkeyPatch):
+    mesh = train_mesh(MeshConfig(data=1))
+    run = Bookkeeping(LoopConfig(steps=9, batch=100, log_every=4), 0, 0.0, None, mesh)
+    logged: list[dict[str, float]] = []
+    run.log = SimpleNamespace(steps=lambda step, done, numbers: logged.append(numbers))  # type: ignore[assignment]
+    for step in range(1, 5):
+        monkeypatch.setattr(time, "perf_counter", lambda step=step: 2.0 * step)
+        run.land(Flight(step, 0.1, {"loss": np.float32(1.0)}, (0.0, 1.0), samples=6, records=None))
+    assert logged[0]["samples_per_second"] == pytest.approx(3.0)
 
 
 def test_the_schedule_rises_stays_and_falls_to_zero():

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lavatar_jax import parallel
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import (
     STACKED,
@@ -93,6 +95,16 @@ def test_a_batch_that_cannot_be_split_is_refused():
         put_batch({"latent": np.zeros((3, 2))}, mesh_of(2, 2, 1))
 
 
+def test_a_batch_for_few_devices_leaves_the_others_idle(monkeypatch: pytest.MonkeyPatch):
+    gpus: Any = [SimpleNamespace(platform="gpu") for _ in range(8)]
+    monkeypatch.setattr(parallel, "Mesh", lambda devices, names: devices)
+    shapes = {samples: train_mesh(MeshConfig(), gpus, samples=samples).shape for samples in (2, 6, 8, None)}
+    assert shapes == {2: (2, 1, 1), 6: (6, 1, 1), 8: (8, 1, 1), None: (8, 1, 1)}
+    assert train_mesh(MeshConfig(fsdp=2), gpus, samples=4).shape == (2, 2, 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert train_mesh(MeshConfig(), gpus, samples=2).shape == (8, 1, 1), "none may be left out"
+
+
 def test_missing_devices_are_a_clear_error():
     with pytest.raises(UserError, match="64 devices are needed, 9 found"):
         train_mesh(MeshConfig(data=8, fsdp=8))
@@ -100,7 +112,7 @@ def test_missing_devices_are_a_clear_error():
 
 def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path: Path):
     loop = dataclasses.replace(LoopConfig(), batch=8, accumulate=3)
-    with pytest.raises(UserError, match="cannot be split into 3 equal parts"):
+    with pytest.raises(UserError, match=r"cannot be split evenly over 1 .* in 3 equal parts"):
         train(tmp_path, 1, mesh_of(1, 1, 1), loop=loop)
 
 

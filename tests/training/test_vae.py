@@ -1,5 +1,8 @@
+import functools
+import json
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,10 @@ from flax import nnx
 from PIL import Image
 
 from lavatar_jax.config import VAEConfig
-from lavatar_jax.data.clips import ClipsConfig, clip_batches
+from lavatar_jax.data.clips import ClipsConfig, ClipSource, clip_batches, random_crop
 from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.models.vae import make_vae
+from lavatar_jax.parallel import MeshConfig, put_batch, train_mesh
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.samples import SamplesConfig
@@ -22,6 +26,7 @@ from lavatar_jax.training.vae import (
     make_loss,
     make_sampler,
     reconstruction_loss,
+    shared_batches,
     train_vae,
 )
 
@@ -47,15 +52,54 @@ def data(tmp_path: Path) -> ClipsConfig:
     np.save(folder / "video.npy", video)
     np.save(folder / "weight.npy", weight)
     (folder / "done.txt").write_text("6")
-    return ClipsConfig(
-        folder=str(folder), clips=6, frames=5, size=32, crop_size=16, crop_frames=3, crops=4, full=2
-    )
+    return ClipsConfig(folder=str(folder), clips=6, frames=5, size=32, crop_size=16, crop_frames=3)
 
 
 def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
-    batches = clip_batches(data)
+    batches = clip_batches(data, crops=4, whole=2)
     shapes = {next(batches)["video"].shape for _ in range(12)}
     assert shapes == {(4, 3, 16, 16, 3), (2, 5, 32, 32, 3)}
+
+
+def test_two_processes_and_a_worker_share_the_batches_of_one(data: ClipsConfig):
+    whole, *halves = (clip_batches(data, crops=4, whole=2, workers=workers) for workers in (0, 0, 1))
+    for part, half in enumerate(halves):
+        half.take_part(part, 2)
+    try:
+        for _ in range(6):
+            parts = [next(half) for half in halves]
+            for name, value in next(whole).items():
+                np.testing.assert_array_equal(value, np.concatenate([half[name] for half in parts]))
+    finally:
+        halves[1].close()
+
+
+def test_an_earlier_checkpoint_goes_on_in_the_order_that_it_had(data: ClipsConfig):
+    def kind(size: int, frames: int, batch: int, seed: int) -> grain.IterDataset:
+        crop = functools.partial(random_crop, size=size, frames=frames)
+        clips = grain.MapDataset.source(ClipSource(data.folder)).seed(seed).shuffle().repeat(1000)
+        return clips.random_map(crop).to_iter_dataset().batch(batch)
+
+    earlier = iter(grain.IterDataset.mix([kind(16, 3, 4, 0), kind(32, 5, 2, 1)], weights=[0.8, 0.2]))
+    for _ in range(7):
+        next(earlier)
+    batches = clip_batches(data, crops=4, whole=2)
+    batches.set_state(json.loads(json.dumps(earlier.get_state())))
+    for _ in range(6):
+        expected, found = next(earlier), next(batches)
+        for name, value in expected.items():
+            np.testing.assert_array_equal(value, found[name])
+
+
+def test_both_kinds_are_shared_by_devices_and_computed_in_parts(data: ClipsConfig):
+    run = VAERun(
+        model=MODEL, data=data, loss=VAELossConfig(), train=LoopConfig(steps=2, batch=8, accumulate=2)
+    )
+    for devices, whole in ((1, 2), (2, 4)):
+        mesh = train_mesh(MeshConfig(data=devices))
+        batches = shared_batches(run, mesh)
+        found = [put_batch(next(batches), mesh)["video"] for _ in range(8)]
+        assert {video.shape[:2] for video in found} == {(8, 3), (whole, 5)}
 
 
 def test_squares_count_in_proportion():
@@ -68,7 +112,7 @@ def test_squares_count_in_proportion():
 
 
 def test_the_loss_falls_on_a_fixed_batch(data: ClipsConfig):
-    batch = next(clip_batches(data))
+    batch = next(clip_batches(data, crops=4, whole=2))
     params, merge = split_model(make_vae(MODEL, rngs=nnx.Rngs(0)))
     params = gentle_start(params, 8, jax.random.key(0))
     optimizer = make_optimizer(params)
@@ -81,7 +125,7 @@ def test_the_loss_falls_on_a_fixed_batch(data: ClipsConfig):
 
 
 def test_decoder_fine_tuning_leaves_the_encoder_alone(data: ClipsConfig):
-    batch = next(clip_batches(data))
+    batch = next(clip_batches(data, crops=4, whole=2))
     params, merge = split_model(make_vae(MODEL, rngs=nnx.Rngs(0)))
     before = {name: np.asarray(value) for name, value in params.items()}
     optimizer = make_optimizer(params)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.data.batches import rows_of_part
 from lavatar_jax.models.dit_forward import train_forward
 from lavatar_jax.models.layers import Linear
 from lavatar_jax.parallel import STACKED, MeshConfig, train_mesh
@@ -38,12 +39,13 @@ class Net(nnx.Module):
 
 
 class Batches:
-    """Endless; each process gets its rows. A state is the number of batches that were taken."""
+    """Endless. A state is the number of batches that were taken."""
 
     def __init__(
         self, poison: Callable[[int, dict[str, Any]], None] | None = None, *, dit: bool = False
     ) -> None:
         self.taken, self.poison, self.dit = 0, poison, dit
+        self.rows = slice(None)
 
     def __next__(self) -> dict[str, np.ndarray]:
         random = np.random.default_rng(self.taken)
@@ -64,9 +66,10 @@ class Batches:
         if self.poison is not None:
             self.poison(self.taken, batch)
         self.taken += 1
-        share = BATCH // jax.process_count()
-        first = jax.process_index() * share
-        return {name: value[first : first + share] for name, value in batch.items()}
+        return {name: value[self.rows] for name, value in batch.items()}
+
+    def take_part(self, part: int, parts: int) -> None:
+        self.rows = rows_of_part(BATCH, part, parts)
 
     def get_state(self) -> dict[str, int]:
         return {"taken": self.taken}
