@@ -244,16 +244,35 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Which one of how many equal parts of a batch this process loads.
+
+    Processes whose devices share samples by tensor parallelism load the same part. Raises UserError when
+    some of the devices of a process share them with another one, and others do not.
+    """
+    tensor, local = mesh.shape[TENSOR], len(mesh.local_devices)
+    groups = mesh.devices.reshape(-1, tensor)  # in the order of the samples
+    here = jax.process_index()
+    mine = [i for i, group in enumerate(groups) if any(device.process_index == here for device in group)]
+    part = mine[0] // len(mine)
+    whole = mine == list(range(part * len(mine), (part + 1) * len(mine)))
+    if max(tensor, local) % min(tensor, local) or not whole:
+        raise UserError(
+            f"--mesh.tensor {tensor} does not fit {local} devices in a process: one must divide the other"
+        )
+    return part, len(groups) // len(mine)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's samples (numpy, [B, ...] each) -> global arrays, split over data and fsdp.
+    """This process's part of the samples (numpy, [B, ...] each) -> global arrays, split over data and fsdp.
 
     Raises UserError when the samples of all processes cannot be split evenly.
     """
-    shards, processes = batch_shards(mesh), jax.process_count()
+    shards, (_, parts) = batch_shards(mesh), batch_part(mesh)
     sharding = NamedSharding(mesh, BATCH)
 
     def put(leaf: Any) -> jax.Array:
-        samples = leaf.shape[0] * processes
+        samples = leaf.shape[0] * parts
         if samples % shards:
             raise UserError(
                 f"a batch of {samples} cannot be split evenly over {shards} (data x fsdp) devices"

@@ -142,7 +142,8 @@ class Bookkeeping:
         bad = bool(metrics.get("bad", 0)) or not np.isfinite(metrics["loss"])
         if bad and records is not None and jax.process_count() > 1:
             with jax.transfer_guard("allow"):
-                records = np.asarray(multihost_utils.process_allgather(records)).reshape(-1)
+                # Once each: processes may have shared samples.
+                records = np.unique(np.asarray(multihost_utils.process_allgather(records)))
         return self.bad.check(flight.step, metrics, records)
 
     def _summary(self, rate: float) -> dict[str, float]:

@@ -20,6 +20,7 @@ from lavatar_jax.checkpoints.runs import CheckpointConfig, RunCheckpoints
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import (
     MeshConfig,
+    batch_part,
     batch_shards,
     put_batch,
     put_everywhere,
@@ -147,7 +148,7 @@ def fit(
     """
     mesh = train_mesh(MeshConfig(data=1), jax.devices()[:1]) if mesh is None else mesh
     check_batch(config, mesh)
-    batches.take_part(jax.process_index(), jax.process_count())
+    batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
     shardings = state_shardings(state, mesh)
     state, place = checkpoints.restore(put_tree(state, shardings))

@@ -91,17 +91,26 @@ def test_sigterm_saves_and_ends_well(whole: Path, tmp_path: Path):
     checkpoints.close()
 
 
-def pair(out: Path, *options: object) -> list[subprocess.Popen[str]]:
-    """Two processes with two devices each."""
+def pair(
+    out: Path, *options: object, devices: int = 2, mesh: tuple[int, int, int] = (2, 2, 1)
+) -> list[subprocess.Popen[str]]:
+    """Two processes with so many devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    common = ("--devices", 2, "--mesh", 2, 2, 1, "--coordinator", address, "--processes", 2, *options)
+    group = ("--coordinator", address, "--processes", 2)
+    common = ("--devices", devices, "--mesh", *mesh, *group, *options)
     return [start(out, *common, "--id", index) for index in range(2)]
 
 
 def test_two_processes_equal_one(whole: Path, tmp_path: Path):
     for process in pair(tmp_path):
+        assert "done" in finish(process)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+def test_two_processes_that_share_samples_equal_one(whole: Path, tmp_path: Path):
+    for process in pair(tmp_path, devices=1, mesh=(1, 1, 2)):
         assert "done" in finish(process)
     np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
 

@@ -17,6 +17,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import (
     STACKED,
     MeshConfig,
+    batch_part,
     param_spec,
     put_batch,
     put_everywhere,
@@ -93,6 +94,40 @@ def test_parameters_are_split_along_their_longest_free_axis():
 def test_a_batch_that_cannot_be_split_is_refused():
     with pytest.raises(UserError, match="a batch of 3 cannot be split evenly over 4"):
         put_batch({"latent": np.zeros((3, 2))}, mesh_of(2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("processes", "shape", "parts"),
+    [
+        (2, (4, 1, 1), [(0, 2), (1, 2)]),
+        (4, (1, 2, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (2, (1, 1, 4), [(0, 1), (0, 1)]),
+        (2, (2, 1, 2), [(0, 2), (1, 2)]),
+    ],
+)
+def test_processes_load_the_rows_of_their_devices(
+    processes: int, shape: tuple[int, int, int], parts: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    assert parts == [batch_part(mesh) for mesh in in_processes(processes, shape, monkeypatch)]
+
+
+def test_processes_that_share_some_of_their_samples_only_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for mesh in in_processes(2, (3, 1, 2), monkeypatch):
+        with pytest.raises(UserError, match=r"--mesh\.tensor 2 does not fit 3 devices in a process"):
+            batch_part(mesh)
+
+
+def in_processes(processes: int, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The mesh as each of the processes sees it, which have equally many of the devices."""
+    count = int(np.prod(shape))
+    devices = [SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    for here in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda here=here: here)
+        yield SimpleNamespace(
+            shape=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)),
+            devices=np.array(devices).reshape(shape),
+            local_devices=[device for device in devices if device.process_index == here],
+        )
 
 
 def test_a_batch_for_few_devices_leaves_the_others_idle(monkeypatch: pytest.MonkeyPatch):
