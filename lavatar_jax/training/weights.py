@@ -24,6 +24,7 @@ from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import DIT, is_converted, load_params, model_folder
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import put_tree, state_shardings
+from lavatar_jax.quant import QuantizedWeight, dotted
 from lavatar_jax.training.precision import Precision, dtype_of
 from lavatar_jax.training.state import Merge, Params, split_model
 
@@ -90,7 +91,8 @@ def initial_weights(
     found: Params = {}
     if init is not None:
         base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
-        stored = _read(init, base, {_plain(name): place for name, place in shardings.items()}, make)
+        places = {_plain(name): place for name, place in shardings.items()}
+        stored = _checked(init, _read(init, base, places, make), param_paths(base))
         found = {name: stored[_plain(name)] for name in wanted if _plain(name) in stored}
     if adapters.init is not None:
         found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
@@ -128,17 +130,30 @@ def _plain(name: str) -> str:
 
 
 def _read(init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any]) -> Params:
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return shardings.get(_plain(path.removesuffix(".values")), _anywhere(shardings))
+
     if (Path(init) / "checkpoints").is_dir():
-        found = read_average(Path(init), lambda name, shape: shardings.get(name, _anywhere(shardings)))
-        return _checked(init, found, param_paths(base))
+        return read_average(Path(init), place)
     folder = model_folder(init)
     if not is_converted(folder):
         return param_paths(load_params(folder / DIT, lambda: make(nnx.Rngs(0))))
+    stored = restore_component(folder, "dit", base, place)
+    return param_paths(lora.merge(_dequantized(stored, shardings)))
 
-    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        return shardings.get(path, _anywhere(shardings))
 
-    return param_paths(lora.merge(restore_component(folder, "dit", base, place)))
+def _dequantized(model: Model, shardings: dict[str, NamedSharding]) -> Model:
+    """The model with the numbers that its 8-bit weights stand for, in float32, where they belong."""
+
+    def convert(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedWeight):
+            return leaf
+        where = shardings[_plain(dotted(path))]
+        return jax.jit(QuantizedWeight.dequantize, out_shardings=where)(leaf)
+
+    return jax.tree_util.tree_map_with_path(
+        convert, model, is_leaf=lambda node: isinstance(node, QuantizedWeight)
+    )
 
 
 def _anywhere(shardings: dict[str, NamedSharding]) -> NamedSharding:
