@@ -184,6 +184,13 @@ def read_average(
     }
 
 
+def newest_step(run: Path) -> int | None:
+    """The step of a run's newest checkpoint; None where there is none, or no run. Opens nothing."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def _of_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The data iterator's state of every process, in their order."""
     if jax.process_count() == 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.runs import newest_step, read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
 from lavatar_jax.data.clips import WEIGHT_STEP, WEIGHT_STRIDE, ClipArrays, ClipSource, unpack
 from lavatar_jax.data.faces import attention_map
+from lavatar_jax.data.shards import write_text
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, v_to_x0
 from lavatar_jax.errors import UserError
@@ -36,7 +36,7 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.distributed import first_process_only
-from lavatar_jax.training.latents import LatentsConfig, open_latents
+from lavatar_jax.training.latents import LatentsConfig, check_rendering, open_latents
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
@@ -111,6 +111,7 @@ def prepare_predictions(config: DecoderRun) -> None:
     Writes `latent.npy` float16 [N, 2, F, h, w, Z], predicted and true, as the decoder takes them, with the
     latents before the clip in front; `video.npy` and `weight.npy` as `data.clips.render_clips`.
     """
+    check_rendering(config.data)
     source, given = open_latents(config.data), config.predictions
     if config.samples.records >= given.clips:
         raise UserError(
@@ -161,18 +162,25 @@ def prepare_predictions(config: DecoderRun) -> None:
 
 
 def _check_same_network(config: DecoderRun) -> None:
-    """A folder keeps the predictions of one network."""
+    """A folder keeps the predictions of one network, as it was at one step of its training."""
     folder = Path(config.predictions.folder)
-    note, wanted = folder / "predicted_by.json", {"dit": config.dit, "latents": config.data.folder}
-    if note.is_file() and (found := json.loads(note.read_text())) != wanted:
+    note, step = folder / "predicted_by.json", newest_step(Path(config.dit))
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps({"dit": config.dit, "step": step, "latents": config.data.folder}))
+        return
+    found = json.loads(note.read_text())
+    if (found["dit"], found["latents"]) != (config.dit, config.data.folder):
         raise UserError(
             f"{folder} has predictions of {found['dit']} for {found['latents']}, not of {config.dit} for "
             f"{config.data.folder}: choose another --predictions.folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted))
-    os.replace(temporary, note)
+    # Notes of earlier versions have no step.
+    if None not in (step, found.get("step")) and found["step"] != step:
+        raise UserError(
+            f"{folder} has predictions of step {found['step']} of {config.dit}, which is at step {step} now: "
+            "choose another --predictions.folder, or remove that one"
+        )
 
 
 def random_window(

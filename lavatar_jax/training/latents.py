@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.runs import newest_step, read_average
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.batches import Batches
@@ -26,7 +26,7 @@ from lavatar_jax.data.faces import Identity, Motion, attention_map
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.references import snapshot
-from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_records
+from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_records, write_text
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
@@ -36,6 +36,9 @@ from lavatar_jax.training.state import split_model
 
 STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel
 SHARD_CLIPS = 50  # what a kill may cost: some 20 s of work
+SOURCE = "rendered faces"  # in dataset.json of folders that are made here
+RENDERED = "rendered.json"  # what the clips of such a folder were made with
+PREPARED = "settings.json"  # is in folders of tools/prepare_data.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,17 +149,32 @@ def draw_reference_picture(clip: Clip, config: LatentsConfig) -> np.ndarray:
 def prepare_latents(config: LatentsConfig) -> Path:
     """Encode what is missing of `config.clips` clips into `config.folder`; may be killed and repeated.
 
-    Raises UserError when there is no VAE or no speech, or the folder holds clips of another kind.
+    A folder that was not rendered (`tools/prepare_data.py`), and any with `clips` 0, is only looked at.
+    Raises UserError when it is not finished, when there is no VAE or no speech, or the folder holds clips
+    that were made with other options.
     """
+    folder = Path(config.folder)
+    if not config.clips or not _is_rendered(folder):
+        read_dataset(folder)
+        return folder
     if config.motion_frames % 4 != 1:
         raise UserError(f"motion_frames must be 1 + 4k, not {config.motion_frames}: the VAE is causal")
-    folder = Path(config.folder)
-    if (folder / DATASET).is_file() and read_dataset(folder).records >= config.clips:
-        return folder
-    vae_config, vae = load_vae(config.vae)
+    if (folder / DATASET).is_file():
+        check_rendering(config)
+        if read_dataset(folder).records >= config.clips:
+            return folder
+    made_with = _rendering(config)  # before the VAE is read, which may be training
+    try:
+        vae_config, vae = load_vae(config.vae)
+    except UserError as error:
+        raise UserError(f"{folder} has no {config.clips} clips, and none can be made: {error}") from None
     encode = make_encoder(vae, config.motion_frames)
     with ShardWriter(folder, shard_records=SHARD_CLIPS) as writer:
-        _check_same_kind(writer, config, vae_config)
+        if writer.rows:
+            check_rendering(config)
+            _check_same_kind(writer, config, vae_config)
+        else:
+            write_text(folder / RENDERED, json.dumps(made_with, indent=1) + "\n")
         for index in track(range(len(writer), config.clips), description="encoding clips"):
             clip = sample_clip(index, config.video_frames, config.size, "train", speech=Path(config.speech))
             writer.write(
@@ -165,14 +183,48 @@ def prepare_latents(config: LatentsConfig) -> Path:
             )  # fmt: skip
         writer.flush()
         mean, std = latent_statistics(stored_records(folder, writer.rows[:STATISTICS_CLIPS]))
-        encoder = {"source": "rendered faces", "vae": dataclasses.asdict(vae_config), "size": config.size}
+        encoder = {"source": SOURCE, "vae": dataclasses.asdict(vae_config), "size": config.size}
         writer.finish(mean=mean, std=std, encoder=encoder)
     return folder
 
 
-def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig) -> None:
-    if not writer.rows:
+def _is_rendered(folder: Path) -> bool:
+    """Whether a folder's clips were rendered here, or it has none yet."""
+    if (folder / PREPARED).is_file():
+        return False
+    return not (folder / DATASET).is_file() or read_dataset(folder).encoder.get("source") == SOURCE
+
+
+def _rendering(config: LatentsConfig) -> dict[str, Any]:
+    """All that a rendered clip depends on, besides its number."""
+    names = ("vae", "speech", "blocks", "motion_frames", "size", "other_pose", "other_scene")
+    return {**{name: getattr(config, name) for name in names}, "vae_step": newest_step(Path(config.vae))}
+
+
+def check_rendering(config: LatentsConfig) -> None:
+    """Raises UserError where the folder's clips were rendered or encoded with other options than these.
+
+    What a folder of an earlier version does not tell, and the step of a VAE that is gone, is not compared.
+    """
+    path = Path(config.folder) / RENDERED
+    if not path.is_file():
         return
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; prepare the data again in another --data.folder") from None
+    for name, wanted in _rendering(config).items():
+        if wanted is None or found.get(name) in (None, wanted):
+            continue
+        what = f"--data.{name.replace('_', '-')} {found[name]}, not {wanted}"
+        if name == "vae_step":
+            what = f"step {found[name]} of {config.vae}, which is at step {wanted} now"
+        raise UserError(
+            f"the clips in {config.folder} were made with {what}: choose another --data.folder, or remove it"
+        )
+
+
+def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig) -> None:
     cells = config.size // vae.spatial_factor
     wanted = [3 * config.blocks, cells, cells, vae.latent_channels]
     found: Any = writer.rows[0]["shapes"]

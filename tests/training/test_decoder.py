@@ -224,8 +224,23 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
     prepare_predictions(run)
     with pytest.raises(UserError, match=r"has predictions of .*distill .*not of another"):
         prepare_predictions(dataclasses.replace(run, dit="another"))
+    with pytest.raises(UserError, match=r"made with --data\.speech .*, not voices"):
+        prepare_predictions(dataclasses.replace(run, data=dataclasses.replace(run.data, speech="voices")))
     manifest = Path(run.data.folder) / "manifest.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     manifest.write_text("".join(json.dumps({**row, "id": f"clip{i}"}) + "\n" for i, row in enumerate(rows)))
     with pytest.raises(UserError, match="not rendered"):
         prepare_predictions(run)
+
+
+def test_predictions_of_an_earlier_network_are_refused(run: DecoderRun, tmp_path: Path) -> None:
+    run = dataclasses.replace(run, dit=str(tmp_path / "dit"))
+    (tmp_path / "dit" / "checkpoints" / "5").mkdir(parents=True)
+    prepare_predictions(run)
+    prepare_predictions(run)
+    (tmp_path / "dit" / "checkpoints" / "6").mkdir()
+    with pytest.raises(UserError, match=r"predictions of step 5 of .*dit, which is at step 6 now: choose"):
+        prepare_predictions(run)
+    note = Path(run.predictions.folder) / "predicted_by.json"
+    note.write_text(json.dumps({"dit": run.dit, "latents": run.data.folder}))  # as earlier versions wrote it
+    prepare_predictions(run)

@@ -1,4 +1,8 @@
+"""Rendered clips become records once, with one set of options; folders of other records stay as they are."""
+
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -7,7 +11,7 @@ from flax import nnx
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.faces import attention_map
-from lavatar_jax.data.shards import read_dataset
+from lavatar_jax.data.shards import ShardWriter, read_dataset
 from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.errors import UserError
@@ -35,7 +39,8 @@ def config(tmp_path: Path, vae: CausalVAE, monkeypatch: pytest.MonkeyPatch) -> L
     write_wav(tmp_path / "speech" / "train" / "00000.wav", noise)
     monkeypatch.setattr(latents, "load_vae", lambda run: (VAE, vae))
     return LatentsConfig(
-        folder=str(tmp_path / "latents"), speech=str(tmp_path / "speech"), clips=5, blocks=1, motion_frames=5,
+        folder=str(tmp_path / "latents"), vae=str(tmp_path / "vae"), speech=str(tmp_path / "speech"),
+        clips=5, blocks=1, motion_frames=5,
         size=32, other_pose=0.5, text_len=6, text_dim=4,
     )  # fmt: skip
 
@@ -105,5 +110,80 @@ def test_an_interrupted_encoding_goes_on_and_a_finished_one_is_extended(
             name: np.asarray(x).tobytes() for name, x in other.items()
         }
     np.testing.assert_allclose(read_dataset(parts.folder).std, statistics.std)
-    with pytest.raises(UserError, match="choose another folder"):
+    Path(parts.folder, latents.RENDERED).unlink()  # as folders of earlier versions
+    with pytest.raises(UserError, match=r"has clips of shape .*choose another folder"):
         prepare_latents(LatentsConfig(**{**vars(parts), "clips": 6, "blocks": 2}))
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def full(config: LatentsConfig) -> LatentsConfig:
+    """Three clips, encoded at step 10 of the VAE's run."""
+    (Path(config.vae) / "checkpoints" / "10").mkdir(parents=True)
+    config = dataclasses.replace(config, clips=3)
+    prepare_latents(config)
+    return config
+
+
+OTHER: list[tuple[dict[str, Any], str]] = [
+    ({"other_pose": 0.75}, r"made with --data\.other-pose 0\.5, not 0\.75: choose another --data\.folder"),
+    ({"other_scene": 1.0}, r"--data\.other-scene 0\.0, not 1\.0"),
+    ({"vae": "runs/another"}, r"--data\.vae .*, not runs/another"),
+    ({"speech": "runs/voices"}, r"--data\.speech .*, not runs/voices"),
+    ({"blocks": 2}, r"--data\.blocks 1, not 2"),
+    ({"motion_frames": 9}, r"--data\.motion-frames 5, not 9"),
+    ({"clips": 4, "size": 64}, r"--data\.size 32, not 64"),
+]
+
+
+def test_a_folder_holds_clips_of_one_kind(full: LatentsConfig):
+    before = contents(full.folder)
+    for change, message in OTHER:
+        with pytest.raises(UserError, match=message):
+            prepare_latents(dataclasses.replace(full, **change))
+    assert contents(full.folder) == before
+
+
+def test_clips_of_a_vae_that_was_trained_further_are_refused(full: LatentsConfig, vae: CausalVAE):
+    fewer = dataclasses.replace(full, clips=2)
+    prepare_latents(fewer)  # another stage may want fewer
+    (Path(full.vae) / "checkpoints" / "20").mkdir()
+    for config in (full, fewer, dataclasses.replace(full, clips=4)):
+        with pytest.raises(UserError, match=r"made with step 10 of .*vae, which is at step 20 now: choose"):
+            prepare_latents(config)
+    Path(full.folder, latents.RENDERED).unlink()  # as folders of earlier versions
+    prepare_latents(dataclasses.replace(full, clips=4, other_pose=0.75))
+    assert read_dataset(full.folder).records == 4
+    assert not Path(full.folder, latents.RENDERED).exists(), "what is unknown stays so"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_records_are_read_and_never_added_to(full: LatentsConfig, finished: bool):
+    source, config = open_latents(full), dataclasses.replace(full, folder=full.folder + "-real", clips=9)
+    with ShardWriter(config.folder) as writer:
+        Path(config.folder, latents.PREPARED).write_text("{}")
+        writer.write({**source.record(0), "id": "someone"}, fps=25)
+        if finished:
+            writer.finish(mean=source.mean, std=source.std, encoder={"source": "videos"})
+    for settings in (True, False):
+        if not settings:
+            Path(config.folder, latents.PREPARED).unlink()
+        before = contents(config.folder)
+        if finished:
+            prepare_latents(config)
+        else:
+            with pytest.raises(UserError, match="its preparation was not finished"):
+                prepare_latents(dataclasses.replace(config, clips=9 * settings))
+        assert contents(config.folder) == before
+
+
+def test_without_a_vae_the_error_is_about_the_folder(config: LatentsConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"latents: no such folder of training records"):
+        prepare_latents(dataclasses.replace(config, clips=0))
+    with pytest.raises(UserError, match=r"latents has no 5 clips, and none can .*train stage 0 first"):
+        prepare_latents(config)
+    assert not Path(config.folder).exists()
