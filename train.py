@@ -5,10 +5,7 @@ See docs/training.md. `--plan` only says what memory it needs on how many device
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,20 +57,7 @@ def main(arguments: list[str]) -> None:
     from lavatar_jax.training.stages import train
 
     initialize(config.distributed)
-    write_config(config)
     train(config)
-
-
-def write_config(config: Any) -> None:
-    """`config.json` in the run's folder, by the first process."""
-    import jax
-
-    if jax.process_index() == 0:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / "config.json.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        os.replace(temporary, out / "config.json")
 
 
 if __name__ == "__main__":

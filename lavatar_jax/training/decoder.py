@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import newest_step, read_average
+from lavatar_jax.checkpoints.runs import newest_step
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
@@ -36,6 +36,7 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.distributed import first_process_only
+from lavatar_jax.training.finished import averaged_model
 from lavatar_jax.training.latents import LatentsConfig, check_rendering, open_latents
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
@@ -48,7 +49,6 @@ from lavatar_jax.training.state import (
     Params,
     TrainState,
     create_state,
-    split_model,
 )
 from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
 from lavatar_jax.training.weights import initial_weights
@@ -91,8 +91,7 @@ def load_dit(run: str | Path) -> CausalDiT:
     if not path.is_file():
         raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
     config = config_from_dict(DiTConfig, json.loads(path.read_text())["model"])
-    _, merge = split_model(jax.eval_shape(lambda: CausalDiT(config, rngs=nnx.Rngs(0))))
-    return merge({name: jnp.asarray(value) for name, value in read_average(Path(run)).items()})
+    return averaged_model(Path(run), lambda rngs: CausalDiT(config, rngs=rngs))
 
 
 def predict_clips(

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import newest_step, read_average
+from lavatar_jax.checkpoints.runs import newest_step
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.batches import Batches
@@ -31,8 +30,8 @@ from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.training.distributed import first_process_only
+from lavatar_jax.training.finished import averaged_model
 from lavatar_jax.training.loop import LoopConfig
-from lavatar_jax.training.state import split_model
 
 STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel
 SHARD_CLIPS = 50  # what a kill may cost: some 20 s of work
@@ -70,13 +69,14 @@ class LatentsConfig:
 
 
 def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
-    """The averaged VAE of a stage 0 run, with the latent statistics of its training (0 and 1)."""
+    """The averaged VAE of a stage 0 run, with the latent statistics of its training (0 and 1).
+
+    Raises UserError."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a VAE run: {path} is missing; train stage 0 first")
     config = config_from_dict(VAEConfig, json.loads(path.read_text())["model"])
-    _, merge = split_model(jax.eval_shape(lambda: make_vae(config, rngs=nnx.Rngs(0))))
-    return config, merge({name: jnp.asarray(value) for name, value in read_average(Path(run)).items()})
+    return config, averaged_model(Path(run), lambda rngs: make_vae(config, rngs=rngs))
 
 
 def latent_statistics(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,7 @@ def fit(
     sample_every: float = 0.0,
     flops: float | None = None,
     stop_at: int | None = None,
+    accepted: Callable[[], None] | None = None,
 ) -> State:
     """Train until the schedule ends, an interruption, or step `stop_at`; return the last state.
 
@@ -142,6 +143,7 @@ def fit(
         sample: writes pictures or videos of a state into a folder, for the report.
         sample_every: seconds of training from one sample to the checkpoint that takes the next.
         flops: of a step on all devices, for the MFU.
+        accepted: runs once it is sure that the run can go on from what is in `out`.
 
     Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, and
     when a bad step is to stop the run.
@@ -154,6 +156,8 @@ def fit(
     state, place = checkpoints.restore(put_tree(state, shardings))
     if place is not None:
         batches.set_state(place)
+    if accepted is not None:
+        accepted()
     frozen = put_tree(frozen, state_shardings(frozen, mesh))
     compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
     run = Bookkeeping(config, int(state.step), float(state.seconds), flops, mesh)

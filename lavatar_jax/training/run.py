@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.data.shards import write_text
 from lavatar_jax.parallel import MeshConfig
 from lavatar_jax.training.distributed import DistributedConfig
 from lavatar_jax.training.logs import LogConfig
@@ -64,7 +67,7 @@ def fit_run(
     mesh: Mesh,
     **options: Any,
 ) -> State:
-    """`loop.fit` with the settings of a run; `options` are its other arguments."""
+    """`loop.fit` with the settings of a run, which it writes down; `options` are its other arguments."""
     return fit(
         step_fn,
         state,
@@ -77,5 +80,17 @@ def fit_run(
         optim_schedule=run.optim.schedule,
         mesh=mesh,
         sample_every=run.samples.every,
+        accepted=lambda: write_config(run),
         **options,
     )
+
+
+def write_config(run: Run) -> None:
+    """`config.json` in the run's folder, by the first process.
+
+    What reads a run builds its model by this file, so a run that is refused must not have written it.
+    """
+    if jax.process_index() == 0:
+        out = Path(run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.json", json.dumps(dataclasses.asdict(run), indent=1))

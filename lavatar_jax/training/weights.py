@@ -161,10 +161,14 @@ def _anywhere(shardings: dict[str, NamedSharding]) -> NamedSharding:
     return NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())
 
 
-def _checked(source: str, found: Params, wanted: dict[str, Any]) -> Params:
+def misfits(found: Params, wanted: dict[str, Any]) -> list[str]:
+    """Names that are missing, unknown or of another shape."""
     wrong = sorted(found.keys() ^ wanted.keys())
-    wrong += [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
-    if wrong:
+    return wrong + [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
+
+
+def _checked(source: str, found: Params, wanted: dict[str, Any]) -> Params:
+    if wrong := misfits(found, wanted):
         raise UserError(
             f"{source} holds weights of another model ({len(wrong)} differences, first: {wrong[0]}): give a "
             "run of the same --model"

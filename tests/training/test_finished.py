@@ -1,0 +1,82 @@
+"""A run's folder says what it trained, also after a run that was refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.config import SamplingConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.training import stages
+from lavatar_jax.training.decoder import load_dit
+from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
+from lavatar_jax.training.latents import LatentsConfig, load_vae
+from lavatar_jax.training.logs import LogConfig
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.run import Run, fit_run
+from tests.tiny import random_dit, random_vae, tiny_config, tiny_vae_config
+from tests.training.finished_run import write_run
+from tests.training.toy_run import Batches, begin, mesh_of
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> DiTRun:
+    """A run that trained all weights."""
+    run = DiTRun(
+        out=str(tmp_path / "dit"), model=CONFIG, data=LatentsConfig(), loss=ForcingConfig(),
+        sampling=SamplingConfig(), train=LoopConfig(),
+    )  # fmt: skip
+    write_run(run, param_paths(random_dit(CONFIG)))
+    return run
+
+
+def test_a_refused_run_leaves_the_config_of_the_one_that_is_there(tmp_path: Path):
+    mesh = mesh_of(1, 1, 1)
+    log, loop = LogConfig(tensorboard=False, report=False), LoopConfig(steps=1, learning_rate=0.5)
+    run = Run(out=str(tmp_path / "run"), train=loop, log=log)
+    fit_run(run, *begin(mesh), Batches(), mesh)
+    written = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(written)["train"]["learning_rate"] == 0.5
+    other = dataclasses.replace(run, train=dataclasses.replace(loop, learning_rate=0.25))
+    with pytest.raises(UserError, match="is of another model"):
+        fit_run(other, *begin(mesh, dit=True), Batches(dit=True), mesh)
+    assert (tmp_path / "run" / "config.json").read_text() == written
+    fit_run(other, *begin(mesh), Batches(), mesh)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"] == 0.25
+
+
+def test_the_command_writes_no_config_before_the_run_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(config: DiTRun) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr(stages, "train", refuse)
+    config = Path(__file__).resolve().parents[2] / "configs" / "tiny_vae.py"
+    with pytest.raises(UserError, match="no"):
+        train.main([str(config), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_another_model_is_refused(base: DiTRun, tmp_path: Path):
+    for wider in (tiny_config(ffn_width=32), tiny_config(use_pose=True)):
+        (Path(base.out) / "config.json").write_text(
+            json.dumps(dataclasses.asdict(dataclasses.replace(base, model=wider)))
+        )
+        with pytest.raises(UserError, match=r"dit is not of the model of its config\.json \(\d+ differences"):
+            load_dit(base.out)
+    config = tiny_vae_config()
+    run = Run(out=str(tmp_path / "vae"), train=LoopConfig())
+    write_run(run, param_paths(random_vae(config)))
+    for values in (config, dataclasses.replace(config, width=8)):
+        (tmp_path / "vae" / "config.json").write_text(json.dumps({"model": dataclasses.asdict(values)}))
+        if values is config:
+            assert load_vae(run.out)[0] == config
+            continue
+        with pytest.raises(UserError, match=r"vae is not of the model of its config\.json"):
+            load_vae(run.out)
