@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "types", "config", "errors", "models", "diffusion", "data", "checkpoints", "evaluation", "parallel",
-        "lora", "inference.rollout", "inference.denoise",
+        "lora", "quant", "inference.rollout", "inference.denoise",
     ),
     "serving": ("types", "config", "errors", "models", "diffusion", "checkpoints", "inference", "parallel"),
     "cli": ("types", "config", "errors", "inference", "serving", "training"),
