@@ -86,12 +86,13 @@ class DecoderRun(Run):
 
 
 def load_dit(run: str | Path) -> CausalDiT:
-    """The averaged transformer of a run of stage 1 or 2. Raises UserError."""
+    """The averaged transformer of a run of stage 1 or 2, with its adapters merged. Raises UserError."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
-    config = config_from_dict(DiTConfig, json.loads(path.read_text())["model"])
-    return averaged_model(Path(run), lambda rngs: CausalDiT(config, rngs=rngs))
+    values = json.loads(path.read_text())
+    config = config_from_dict(DiTConfig, values["model"])
+    return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs))
 
 
 def predict_clips(

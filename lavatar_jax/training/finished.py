@@ -1,20 +1,31 @@
-"""What a training run has made: its averaged weights as one model."""
+"""What a training run has made: its averaged weights as one model, adapters merged into what they were on."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lavatar_jax import lora
 from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.errors import UserError
+from lavatar_jax.parallel import MeshConfig, train_mesh
+from lavatar_jax.training.precision import dtype_of
 from lavatar_jax.training.state import Params
-from lavatar_jax.training.weights import abstract_weights, misfits
+from lavatar_jax.training.weights import LoraConfig, abstract_weights, initial_weights, misfits, plain_name
 
 Model = TypeVar("Model")
+
+
+def lora_of(config: dict[str, Any]) -> LoraConfig:
+    """The adapters of a run by its `config.json`; rank 0: it trained all parameters."""
+    return config_from_dict(LoraConfig, config.get("lora", {}))
 
 
 def checked_average(run: Path, wanted: dict[str, Any]) -> Params:
@@ -31,8 +42,27 @@ def checked_average(run: Path, wanted: dict[str, Any]) -> Params:
     return average
 
 
-def averaged_model(run: Path, make: Callable[[nnx.Rngs], Model]) -> Model:
-    """The averaged model of a run; `make` builds such a model. Raises UserError where it is another one."""
-    weights = abstract_weights(make)
-    average = checked_average(run, weights.params)
-    return weights.merge({name: jnp.asarray(value) for name, value in average.items()})
+def averaged_model(run: Path, config: dict[str, Any], make: Callable[[nnx.Rngs], Model]) -> Model:
+    """The averaged model of a run in float32; `config` is its `config.json`, `make` builds such a model.
+
+    Adapters are merged into the base that they were trained on, in the precision that it had then. Raises
+    UserError where the checkpoint is of another model, or the base cannot be had.
+    """
+    adapters = dataclasses.replace(lora_of(config), init=None)
+    weights = abstract_weights(make, adapters)
+    average = {name: jnp.asarray(x) for name, x in checked_average(run, weights.params).items()}
+    if not adapters.rank:
+        return weights.merge(average)
+    if (init := config.get("init")) is None:
+        raise UserError(f"{run} has adapters on random weights (its init is null): they cannot be merged")
+    try:
+        mesh = train_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+        base = initial_weights(make, mesh, init=init, seed=0).params
+    except UserError as error:
+        raise UserError(f"{run} has adapters on {init}, which cannot be read: {error}") from None
+
+    def rounded(name: str) -> jax.Array:
+        plain = plain_name(name)
+        return base[plain].astype(dtype_of(plain, adapters.base)).astype(jnp.float32)
+
+    return lora.merge(weights.merge(average, {name: rounded(name) for name in weights.frozen}))

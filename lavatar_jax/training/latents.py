@@ -75,8 +75,9 @@ def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a VAE run: {path} is missing; train stage 0 first")
-    config = config_from_dict(VAEConfig, json.loads(path.read_text())["model"])
-    return config, averaged_model(Path(run), lambda rngs: make_vae(config, rngs=rngs))
+    values = json.loads(path.read_text())
+    config = config_from_dict(VAEConfig, values["model"])
+    return config, averaged_model(Path(run), values, lambda rngs: make_vae(config, rngs=rngs))
 
 
 def latent_statistics(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:

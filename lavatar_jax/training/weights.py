@@ -63,7 +63,7 @@ def abstract_weights(make: Make[Model], adapters: LoraConfig | None = None, seed
     trained = {name for name in leaves if not adapters.rank or _ADAPTER.fullmatch(name)}
     params = {name: leaf for name, leaf in leaves.items() if name in trained}
     frozen: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(_plain(name), adapters.base))
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype_of(plain_name(name), adapters.base))
         for name, leaf in leaves.items()
         if name not in trained
     }
@@ -91,9 +91,9 @@ def initial_weights(
     found: Params = {}
     if init is not None:
         base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
-        places = {_plain(name): place for name, place in shardings.items()}
+        places = {plain_name(name): place for name, place in shardings.items()}
         stored = _checked(init, _read(init, base, places, make), param_paths(base))
-        found = {name: stored[_plain(name)] for name in wanted if _plain(name) in stored}
+        found = {name: stored[plain_name(name)] for name in wanted if plain_name(name) in stored}
     if adapters.init is not None:
         found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
     build = _builder(make, adapters, seed)
@@ -124,14 +124,14 @@ def _builder(make: Make[Model], adapters: LoraConfig, seed: int) -> Callable[[],
     return build
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name that a weight has in a model without adapters."""
     return name.removesuffix(".base")
 
 
 def _read(init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any]) -> Params:
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        return shardings.get(_plain(path.removesuffix(".values")), _anywhere(shardings))
+        return shardings.get(plain_name(path.removesuffix(".values")), _anywhere(shardings))
 
     if (Path(init) / "checkpoints").is_dir():
         return read_average(Path(init), place)
@@ -148,7 +148,7 @@ def _dequantized(model: Model, shardings: dict[str, NamedSharding]) -> Model:
     def convert(path: tuple[Any, ...], leaf: Any) -> Any:
         if not isinstance(leaf, QuantizedWeight):
             return leaf
-        where = shardings[_plain(dotted(path))]
+        where = shardings[plain_name(dotted(path))]
         return jax.jit(QuantizedWeight.dequantize, out_shardings=where)(leaf)
 
     return jax.tree_util.tree_map_with_path(

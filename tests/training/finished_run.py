@@ -1,15 +1,19 @@
 """Folders of training runs with any averaged parameters, without the training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig, RunCheckpoints
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.run import Run, write_config
 from lavatar_jax.training.state import create_state
+from lavatar_jax.training.weights import LoraConfig, abstract_weights
 
 
 def write_run(run: Run, params: Mapping[str, Any]) -> Path:
@@ -21,3 +25,10 @@ def write_run(run: Run, params: Mapping[str, Any]) -> Path:
     checkpoints.save(state, {})
     checkpoints.close()
     return Path(run.out)
+
+
+def random_adapters(make: Callable[[nnx.Rngs], Any], lora: LoraConfig) -> dict[str, jax.Array]:
+    """Adapters that change a model visibly."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_weights(make, lora).params
+    return {name: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32) for name, x in shapes.items()}

@@ -1,12 +1,16 @@
-"""A run's folder says what it trained, also after a run that was refused."""
+"""A run's folder says what it trained, also after a run that was refused; adapters come back merged."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import train
+from lavatar_jax import lora
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
@@ -17,11 +21,13 @@ from lavatar_jax.training.latents import LatentsConfig, load_vae
 from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.run import Run, fit_run
+from lavatar_jax.training.weights import LoraConfig
 from tests.tiny import random_dit, random_vae, tiny_config, tiny_vae_config
-from tests.training.finished_run import write_run
+from tests.training.finished_run import random_adapters, write_run
 from tests.training.toy_run import Batches, begin, mesh_of
 
 CONFIG = tiny_config()
+LORA = LoraConfig(rank=2, alpha=3.0)
 
 
 @pytest.fixture
@@ -33,6 +39,10 @@ def base(tmp_path: Path) -> DiTRun:
     )  # fmt: skip
     write_run(run, param_paths(random_dit(CONFIG)))
     return run
+
+
+def adapted(base: DiTRun) -> DiTRun:
+    return dataclasses.replace(base, out=base.out + "-lora", init=base.out, lora=LORA)
 
 
 def test_a_refused_run_leaves_the_config_of_the_one_that_is_there(tmp_path: Path):
@@ -80,3 +90,34 @@ def test_a_config_of_another_model_is_refused(base: DiTRun, tmp_path: Path):
             continue
         with pytest.raises(UserError, match=r"vae is not of the model of its config\.json"):
             load_vae(run.out)
+
+
+def test_adapters_come_back_merged_into_what_they_were_trained_on(base: DiTRun):
+    run = adapted(base)
+    adapters = random_adapters(run.make, LORA)
+    write_run(run, adapters)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), random_dit(CONFIG))
+    whole = lora.add_adapters(half, jax.random.key(0), rank=2, alpha=3.0)
+    expected = param_paths(lora.merge(lora.join_adapters(adapters, lora.split_adapters(whole)[1])))
+    found = param_paths(load_dit(run.out))
+    original = param_paths(random_dit(CONFIG))
+    assert found.keys() == original.keys()
+    name = "blocks.ffn.inner.weight"
+    assert np.abs(found[name] - original[name]).mean() > 0.05
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["head.linear.weight"], original["head.linear.weight"])
+    assert {x.dtype.name for x in found.values()} == {"float32"}
+
+
+def test_adapters_without_their_base_are_refused(base: DiTRun):
+    run = adapted(base)
+    write_run(run, random_adapters(run.make, LORA))
+    for init, message in (
+        (None, r"dit-lora has adapters on random weights"),
+        ("runs/gone", r"dit-lora has adapters on runs/gone, which cannot be read: runs/gone: no such model"),
+        (run.out, r"dit-lora has adapters on .*, which cannot be read: .* holds weights of another model"),
+    ):
+        changed = dataclasses.asdict(dataclasses.replace(run, init=init))
+        (Path(run.out) / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=message):
+            load_dit(run.out)

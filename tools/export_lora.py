@@ -1,0 +1,96 @@
+"""Write what a run with adapters has learned as a LoRA file: `python tools/export_lora.py RUN --out FILE`.
+
+The names are those of the published file, so `tools/convert.py --wan ... --lora FILE` takes it, and so do
+programs that load that one. The numbers are the run's averages, in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+from lavatar_jax.checkpoints.convert import key_of, rule_of
+from lavatar_jax.checkpoints.exporting import Tensor, write_safetensors
+from lavatar_jax.checkpoints.store import config_from_dict
+from lavatar_jax.checkpoints.tables_dit import DIT_RULES
+from lavatar_jax.cli import parse_options, run
+from lavatar_jax.config import DiTConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training.finished import checked_average, lora_of
+from lavatar_jax.training.weights import abstract_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the adapters of a run as a LoRA file."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Run of stage 1, of its ODE student, or of stage 2, with --lora.rank."""
+    out: Annotated[Path, arg(metavar="FILE.safetensors")]
+    """Where to put the adapters; it must not be there yet."""
+
+
+def adapter_tensors(adapters: Mapping[str, np.ndarray], alpha: float) -> Iterator[Tensor]:
+    """The PyTorch tensors of adapters `blocks.self_attn.q.weight.a` [*L, in, r] and `.b` [*L, r, out].
+
+    Raises UserError for a weight that has no name there.
+    """
+    for path, array in adapters.items():
+        weight, _, side = path.rpartition(".")
+        if (rule := rule_of(DIT_RULES, weight)) is None:
+            raise UserError(f"the parameter {weight} has no name in PyTorch: its adapters cannot be exported")
+        for layer in range(len(array)) if rule.stacked else [None]:
+            matrix = (array if layer is None else array[layer]).T
+            module = f"base_model.model.{key_of([rule], weight, layer)}".removesuffix(".weight")
+            yield _tensor(f"{module}.lora_{side.upper()}.default.weight", matrix)
+            if side == "a":
+                yield _tensor(f"{module}.alpha", np.array(alpha, np.float32))
+
+
+def _tensor(key: str, array: np.ndarray) -> Tensor:
+    return Tensor(key, array.shape, array.dtype, lambda: array)
+
+
+def export_lora(folder: Path, out: Path) -> int:
+    """Write the averaged adapters of a run -> pairs. Raises UserError for what is no run with adapters."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out, or remove it")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run of stage 1 or 2: {path} is missing")
+    config = json.loads(path.read_text())
+    adapters, model = lora_of(config), config_from_dict(DiTConfig, config["model"])
+    if not adapters.rank:
+        raise UserError(
+            f"{folder} trained all weights, no adapters: tools/package_model.py makes a model of it"
+        )
+    wanted = abstract_weights(lambda rngs: CausalDiT(model, rngs=rngs), adapters).params
+    average = {name: np.asarray(value) for name, value in checked_average(folder, wanted).items()}
+    tensors = list(adapter_tensors(average, adapters.alpha))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".partial")
+    write_safetensors(temporary, tensors)
+    os.replace(temporary, out)
+    return len(tensors) // 3
+
+
+def main(args: list[str]) -> None:
+    options = parse_options(Export, args, prog="tools/export_lora.py")
+    print(f"{options.out}: adapters of {export_lora(options.run, options.out)} layers")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))
