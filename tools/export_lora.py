@@ -1,7 +1,8 @@
 """Write what a run with adapters has learned as a LoRA file: `python tools/export_lora.py RUN --out FILE`.
 
 The names are those of the published file, so `tools/convert.py --wan ... --lora FILE` takes it, and so do
-programs that load that one. The numbers are the run's averages, in float32.
+programs that load that one. The numbers are the run's averages, in float32; alpha / rank is brought to the
+0.5 that the released loader applies to everything.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-from lavatar_jax.checkpoints.convert import key_of, rule_of
-from lavatar_jax.checkpoints.exporting import Tensor, write_safetensors
+from lavatar_jax.checkpoints.exporting import Parameter, adapter_tensors, write_safetensors
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.cli import parse_options, run
@@ -43,25 +42,8 @@ class Export:
     """Where to put the adapters; it must not be there yet."""
 
 
-def adapter_tensors(adapters: Mapping[str, np.ndarray], alpha: float) -> Iterator[Tensor]:
-    """The PyTorch tensors of adapters `blocks.self_attn.q.weight.a` [*L, in, r] and `.b` [*L, r, out].
-
-    Raises UserError for a weight that has no name there.
-    """
-    for path, array in adapters.items():
-        weight, _, side = path.rpartition(".")
-        if (rule := rule_of(DIT_RULES, weight)) is None:
-            raise UserError(f"the parameter {weight} has no name in PyTorch: its adapters cannot be exported")
-        for layer in range(len(array)) if rule.stacked else [None]:
-            matrix = (array if layer is None else array[layer]).T
-            module = f"base_model.model.{key_of([rule], weight, layer)}".removesuffix(".weight")
-            yield _tensor(f"{module}.lora_{side.upper()}.default.weight", matrix)
-            if side == "a":
-                yield _tensor(f"{module}.alpha", np.array(alpha, np.float32))
-
-
-def _tensor(key: str, array: np.ndarray) -> Tensor:
-    return Tensor(key, array.shape, array.dtype, lambda: array)
+def _parameter(path: str, array: np.ndarray) -> Parameter:
+    return Parameter(path, array.shape, array.dtype, lambda layer: array if layer is None else array[layer])
 
 
 def export_lora(folder: Path, out: Path) -> int:
@@ -78,8 +60,9 @@ def export_lora(folder: Path, out: Path) -> int:
             f"{folder} trained all weights, no adapters: tools/package_model.py makes a model of it"
         )
     wanted = abstract_weights(lambda rngs: CausalDiT(model, rngs=rngs), adapters).params
-    average = {name: np.asarray(value) for name, value in checked_average(folder, wanted).items()}
-    tensors = list(adapter_tensors(average, adapters.alpha))
+    average = checked_average(folder, wanted)
+    parameters = [_parameter(name, np.asarray(value)) for name, value in average.items()]
+    tensors = list(adapter_tensors(parameters, DIT_RULES, adapters.alpha / adapters.rank))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".partial")
     write_safetensors(temporary, tensors)

@@ -109,7 +109,7 @@ def _files(folder: Path, config: AvatarConfig) -> dict[str, list[Tensor]]:
         weights = [p for p in parameters if not p.path.endswith((".weight.a", ".weight.b"))]
         files[component] = list(tensors_of(weights, rules))
         if component == "dit" and len(weights) < len(parameters):
-            files["lora"] = list(_adapter_tensors(parameters, rules, _adapters_scale(folder)))
+            files["lora"] = list(adapter_tensors(parameters, rules, _adapters_scale(folder)))
     return files
 
 
@@ -214,15 +214,13 @@ def _bind(inverse: Callable[[np.ndarray], np.ndarray], read: ReadPart, layer: in
     return lambda: inverse(read(layer))
 
 
-def _adapter_tensors(
-    parameters: Iterable[Parameter], rules: Sequence[Rule], scale: float
-) -> Iterator[Tensor]:
-    """Adapters that were kept beside the weights, in peft's spelling, with an alpha for each.
+def adapter_tensors(parameters: Iterable[Parameter], rules: Sequence[Rule], scale: float) -> Iterator[Tensor]:
+    """The adapters among the parameters (`NAME.weight.a` [*L, in, r], `.b` [*L, r, out]), in peft's spelling.
 
-    `scale`: the factor of all in the folder. In the file it is the released adapters' 0.5, which their loader
-    applies to everything, and the rest is multiplied into B; alpha tells the same to all other readers.
+    `scale`: alpha / rank of all of them. In the file it is the released adapters' 0.5, which their loader
+    applies to everything, and the rest is multiplied into B; an alpha for each tells the same to all other
+    readers. Raises UserError for an adapted weight that no rule names.
     """
-
     factor = scale / DEFAULT_SCALE
 
     def scaled(b: np.ndarray) -> np.ndarray:
@@ -230,8 +228,10 @@ def _adapter_tensors(
 
     for parameter in parameters:
         weight, _, part = parameter.path.rpartition(".")
-        if part not in ("a", "b") or (rule := rule_of(rules, weight)) is None:
+        if part not in ("a", "b"):
             continue
+        if (rule := rule_of(rules, weight)) is None:
+            raise UserError(f"the parameter {weight} has no name in PyTorch: its adapters cannot be exported")
         for layer in range(parameter.shape[0]) if rule.stacked else [None]:
             module = f"base_model.model.{(key_of([rule], weight, layer) or weight).removesuffix('.weight')}"
             shape = parameter.shape[-2:][::-1]
