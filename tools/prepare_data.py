@@ -33,14 +33,14 @@ from lavatar_jax.cli import keep_compilations, parse_options, run
 from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.preparation_report import render_report
-from lavatar_jax.data.shards import ShardWriter, write_text
+from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter, write_text
 from lavatar_jax.errors import UserError
 from tools.real_clips import CRASHED, VIDEOS, Interrupted, Job, Outcome, cut_video, find_sources, start_worker
 
 if TYPE_CHECKING:
     from tools.real_encode import ClipEncoder
 
-JOURNAL, REPORT, SETTINGS = "videos.jsonl", "report.html", "settings.json"
+JOURNAL, REPORT = "videos.jsonl", "report.html"
 WORK, PICTURES = ".work", "pictures"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_HEIGHT = 60, 5, 112  # of the report
 
@@ -88,7 +88,7 @@ def main(args: list[str]) -> None:
         filters=options.filters,
     )
     with ShardWriter(options.out, shard_records=1 << 30) as writer:
-        _check_settings(options.out / SETTINGS, encoder.about)
+        _check_settings(options.out / PREPARED, encoder.about)
         work = options.out / WORK
         shutil.rmtree(work, ignore_errors=True)
         book = Book(writer, options)
@@ -123,6 +123,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path.parent} was made with another model or another length; choose another --out")
+    if (path.parent / RENDERED).is_file():
+        raise UserError(f"{path.parent} holds rendered clips; choose another --out for real ones")
     write_text(path, text)
 
 

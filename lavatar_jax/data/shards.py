@@ -28,6 +28,7 @@ from lavatar_jax.errors import UserError
 
 OPTIONS = "group_size:1"
 MANIFEST, DATASET = "manifest.jsonl", "dataset.json"
+RENDERED, PREPARED = "rendered.json", "settings.json"  # how rendered clips were made, or those of real videos
 FORMAT = 1  # of dataset.json; a reader of another number refuses
 
 

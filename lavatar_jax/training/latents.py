@@ -25,7 +25,15 @@ from lavatar_jax.data.faces import Identity, Motion, attention_map
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.references import snapshot
-from lavatar_jax.data.shards import DATASET, ShardWriter, read_dataset, stored_records, write_text
+from lavatar_jax.data.shards import (
+    DATASET,
+    PREPARED,
+    RENDERED,
+    ShardWriter,
+    read_dataset,
+    stored_records,
+    write_text,
+)
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
@@ -36,8 +44,6 @@ from lavatar_jax.training.loop import LoopConfig
 STATISTICS_CLIPS = 400  # enough for the mean and deviation of a channel
 SHARD_CLIPS = 50  # what a kill may cost: some 20 s of work
 SOURCE = "rendered faces"  # in dataset.json of folders that are made here
-RENDERED = "rendered.json"  # what the clips of such a folder were made with
-PREPARED = "settings.json"  # is in folders of tools/prepare_data.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

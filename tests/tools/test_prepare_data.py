@@ -23,7 +23,7 @@ from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.faces import draw_identity, render
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.motion import Manner, talking_motion
-from lavatar_jax.data.shards import read_manifest
+from lavatar_jax.data.shards import RENDERED, read_manifest
 from lavatar_jax.errors import UserError
 from tools import prepare_data, real_encode
 from tools.real_clips import Job, Source, find_sources
@@ -251,6 +251,9 @@ def test_what_a_user_gets_wrong_is_one_line(
     (tmp_path / "useless").mkdir()
     (tmp_path / "useless" / "a.mp4").write_text("no video")
     out = ("--out", tmp_path / "shards", "--workers", "0")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / RENDERED).write_text("{}")
+    drawn = ("--out", tmp_path / "drawn", "--faces", "any")
     cases = (
         ((tmp_path / "none", *out), "no such folder"),
         ((tmp_path / "empty", *out), "has no videos"),
@@ -258,6 +261,7 @@ def test_what_a_user_gets_wrong_is_one_line(
         ((tmp_path / "useless", *out, "--faces", "any", "--model", "none"), "no such model folder"),
         ((tmp_path / "useless", *out, "--faces", "any", "--motion-frames", "8"), "1 + 4k"),
         ((tmp_path / "useless", *out, "--faces", "any"), "none of 1 videos gave a clip"),
+        ((tmp_path / "useless", *drawn), "holds rendered clips"),
         ((), "--out"),
     )
     for args, message in cases:
