@@ -85,8 +85,9 @@ def variants(student: str, forcing: str | None, others: dict[str, str]) -> Itera
     yield Variant("fixed-noise history", student, {"history": "fixed_noise"})
     for steps in (1, 2, 3):
         yield Variant(f"{steps} step{'s' * (steps > 1)}", student, {"steps": steps})
-    for frames in (1, 2, 4):
-        yield Variant(f"block of {frames} latents", student, {"block_frames": frames})
+    for frames in (1, 2, 4):  # with as much history: 12 latents, this block among them
+        changes = {"block_frames": frames, "ring_blocks": 12 // frames}
+        yield Variant(f"block of {frames} latents", student, changes)
 
 
 def speed(avatar: Avatar, clip: Clip) -> Numbers:
@@ -130,30 +131,33 @@ def measure(
         yield drift(avatar, clips[: arguments.drift_people], arguments.speech, moments, seed)
 
 
-def measured(file: Path, missing: Callable[[Numbers], Iterator[Numbers]]) -> Numbers:
-    """The numbers in a file of results, and what is `missing` of them: every part is kept as it comes."""
-    known: Numbers = json.loads(file.read_text()) if file.is_file() else {}
+@functools.cache
+def digest(model: str) -> str:
+    """Of everything in a model folder."""
+    digest, folder = hashlib.sha256(), model_folder(model)
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(str(file.relative_to(folder)).encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def measured(file: Path, about: dict[str, Any], missing: Callable[[Numbers], Iterator[Numbers]]) -> Numbers:
+    """The numbers in a file of results, and what is `missing` of them: every part is kept as it comes.
+
+    `about`: all that they depend on. Raises UserError where the file has results about something else.
+    """
+    about = json.loads(json.dumps(about))  # as it comes back from a file
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"about": about, "numbers": {}}
+    if kept.get("about") != about:
+        raise UserError(f"{file} has results of another model or other settings: choose another --out")
+    known: Numbers = kept["numbers"]
     for numbers in missing(known):
         known |= numbers
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(known, indent=1))
+        part.write_text(json.dumps(kept, indent=1))
         os.replace(part, file)
     return known
-
-
-def refuse_other_weights(out: Path, folders: set[str]) -> None:
-    """Results that are kept in `out` are of the weights they were measured with."""
-    note = out / "weights.json"
-    known: dict[str, str] = json.loads(note.read_text()) if note.is_file() else {}
-    for folder in sorted(folders):
-        digest = hashlib.sha256()
-        for file in sorted(model_folder(folder).rglob("*.safetensors")):
-            digest.update(file.read_bytes())
-        if known.setdefault(folder, digest.hexdigest()) != digest.hexdigest():
-            raise UserError(f"{out} has results of other weights of {folder}: choose another --out")
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1))
-    os.replace(part, note)
 
 
 def spread(results: dict[str, list[Numbers]]) -> str:
@@ -177,9 +181,12 @@ def spread(results: dict[str, list[Numbers]]) -> str:
 
 
 def draw(results: dict[str, list[Numbers]], path: Path) -> None:
-    """Colour error at the moments, one line a variant, with the range over seeds."""
-    from matplotlib.figure import Figure  # the extra `plots`
-
+    """Colour error at the moments, one line a variant, with the range over seeds; none without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print(f"no {path}: pip install 'lavatar-jax[plots]' for the picture", file=sys.stderr)
+        return
     figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
     for variant, runs in results.items():
@@ -226,7 +233,6 @@ def main(arguments: list[str]) -> None:
     if not chosen:
         raise UserError(f"no variant has {' or '.join(options.only)} in its name")
     options.out.mkdir(parents=True, exist_ok=True)
-    refuse_other_weights(options.out, {variant.model for variant in chosen})
     avatar = load_model_folder(options.student)
     clips = held_out_clips(avatar, options.clips, 21, options.speech)
     probes = [FaceProbe.calibrate(clip.identity, clip.video.shape[1]) for clip in clips]
@@ -237,8 +243,14 @@ def main(arguments: list[str]) -> None:
             for seed in range(options.seeds):
                 bar.update(task, description=f"{variant.name}, seed {seed}")
                 file = options.out / f"{variant.name.replace(' ', '-').replace(',', '')}.{seed}.json"
+                about = {
+                    "model": digest(variant.model),
+                    "changes": variant.changes,
+                    "people": [options.clips, options.drift_people],
+                    "speech": str(options.speech),
+                }
                 missing = functools.partial(measure, variant, seed, clips, probes, options)
-                numbers = measured(file, missing)
+                numbers = measured(file, about, missing)
                 results.setdefault(variant.name, []).append(numbers)
                 bar.advance(task)
     table = spread(results)

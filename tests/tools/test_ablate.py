@@ -1,10 +1,12 @@
 """The ablation's table, its list of variants, and that it goes on where it was."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lavatar_jax.checkpoints.store import model_folder
 from lavatar_jax.errors import UserError
 from tools import ablate
 
@@ -67,12 +69,25 @@ def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> Non
     assert "| no sink | 0.500 ± 0.000 | 1.0 ± 0.0 | 10.0 ± 0.0 | 100.0 ± 0.0 |" in capsys.readouterr().out
 
 
-def test_results_of_other_weights_are_not_taken(tmp_path, measured, capsys) -> None:
+def test_results_of_another_model_are_not_taken_for_those_of_this_one(
+    tmp_path, measured, capsys, monkeypatch
+) -> None:
     arguments = ["--only", "no sink", "--seeds", "1", "--out", str(tmp_path)]
     ablate.main(arguments)
-    (tmp_path / "weights.json").write_text('{"tiny": "of an older model"}')
-    with pytest.raises(UserError, match="other weights of tiny"):
-        ablate.main(arguments)
+    for changed in (["--clips", "3"], ["--speech", "elsewhere"]):
+        with pytest.raises(UserError, match=r"no-sink\.0\.json has results of another model"):
+            ablate.main([*arguments, *changed])
+    another = tmp_path / "another"
+    shutil.copytree(model_folder("tiny"), another)
+    config = another / "config.json"
+    config.write_text(config.read_text().replace('"fps": 25', '"fps": 24'))
+    with pytest.raises(UserError, match="results of another model"):
+        ablate.main([*arguments, "--student", str(another)])
+
+
+def test_blocks_of_all_lengths_see_as_much_history() -> None:
+    blocks = [v.changes for v in ablate.variants("tiny", None, {}) if v.name.startswith("block")]
+    assert {changes["block_frames"] * changes["ring_blocks"] for changes in blocks} == {12}
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
