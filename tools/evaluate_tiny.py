@@ -161,8 +161,7 @@ def main() -> int:
 
     started = time.perf_counter()
     avatar = load_model_folder(arguments.model)
-    if not (arguments.speech / "heldout").is_dir():
-        write_corpus(arguments.speech, "heldout", 16)
+    write_corpus(arguments.speech, "heldout", 16)  # what is missing
     arguments.out.mkdir(parents=True, exist_ok=True)
     clips = held_out_clips(avatar, arguments.clips, 21, arguments.speech)
     size = avatar.config.image_size

@@ -174,6 +174,7 @@ def write_corpus(folder: Path, split: str, count: int, seconds: float = 30.0) ->
     paths = [folder / split / f"{index:05d}.wav" for index in range(count)]
     for index, path in enumerate(paths):
         if not path.exists():
+            samples = recording(index, split, seconds, cache=folder / "sentences")
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_wav(path, recording(index, split, seconds, cache=folder / "sentences"))
+            write_wav(path, samples)
     return paths

@@ -64,7 +64,7 @@ def recording_paths(folder: Path, split: str) -> list[Path]:
     paths = sorted((folder / split).glob("*.wav"))
     if not paths:
         raise UserError(
-            f"no recordings in {folder / split}: write them with lavatar_jax.data.speech.write_corpus"
+            f"no recordings in {folder / split}: python tools/make_speech.py --out {folder} makes them"
         )
     return paths
 
