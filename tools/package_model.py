@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.tiny_dit import SAMPLING
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
+from lavatar_jax.config import SamplingConfig
 from lavatar_jax.data.shards import read_dataset
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
@@ -31,7 +32,8 @@ class Arguments:
 
 
 def package(arguments: Arguments) -> Path:
-    """Write the averaged weights in half precision, with the latent statistics of the transformer's data."""
+    """Write the averaged weights in half precision, with the latent statistics of the transformer's data, and
+    the sampling of its run."""
     path = Path(arguments.dit) / "config.json"
     if not path.is_file():
         raise UserError(f"{arguments.dit} is not a run of stage 1 or 2: {path} is missing")
@@ -47,7 +49,7 @@ def package(arguments: Arguments) -> Path:
         image_size=data.size,
         dit=dit.config,
         vae=vae_config,
-        sampling=SAMPLING,
+        sampling=config_from_dict(SamplingConfig, run["sampling"]) if "sampling" in run else SAMPLING,
         log_mel=LogMelConfig(),
     )
     out = Path(arguments.out)
