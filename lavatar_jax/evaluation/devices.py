@@ -77,7 +77,7 @@ class Calibration:
     that is left. It stands for everything that is not a matrix product at full speed: norms, modulation,
     rotation, softmax, slower kernels, launches. `decoder_passes` is the same for the VAE, in units of the
     decoded block's pixels x 96 channels in 16 bits. `ceilings` (TFLOP/s) replace those of the
-    `measured` device.
+    `measured` device, that of linear layers in the measured `dtype` only.
     """
 
     name: str
@@ -85,13 +85,15 @@ class Calibration:
     decoder_passes: float
     text_cached: bool = True
     measured: str = ""  # full name of a device
+    dtype: str = ""
     ceilings: tuple[float, float] = (0.0, 0.0)  # of linear layers, of attention
 
     def rates(self, device: Gpu, dtype: str) -> tuple[float, float]:
         """TFLOP/s of linear layers and of attention, which stays in 16 bits."""
-        if device.name.lower() in self.measured.lower():
-            return self.ceilings
-        return device.rate(dtype), device.rate("bf16")
+        known, (linear, attention) = find_gpu(self.measured), self.ceilings
+        if known is None or known.name != device.name:
+            return device.rate(dtype), device.rate("bf16")
+        return linear if dtype == self.dtype else device.rate(dtype), attention
 
 
 # One number fitted to one row of the paper each: 36.0 FPS (5x H800, bf16), and the 0.15 s by which its times
@@ -122,6 +124,7 @@ def from_measurement(report: Mapping[str, Any], shape: StreamShape) -> Calibrati
         decoder_passes=decoder,
         text_cached=cached,
         measured=report["device"],
+        dtype=report["dtype"],
         ceilings=ceilings,
     )
 

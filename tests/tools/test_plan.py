@@ -21,7 +21,7 @@ from lavatar_jax.evaluation.capacity import (
     make_plan,
     needs,
 )
-from lavatar_jax.evaluation.devices import GPUS, PAPER, from_measurement
+from lavatar_jax.evaluation.devices import GPUS, PAPER, Calibration, from_measurement
 from lavatar_jax.evaluation.flops import StreamShape, count_flops, layer_parameters
 from lavatar_jax.models.vae import make_vae
 from tools import plan as tool
@@ -158,3 +158,18 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: py
 def test_mistakes_are_one_line(arguments: str) -> None:
     with pytest.raises(UserError):
         make_plan(tool.setup_from(tool.parser().parse_args(arguments.split())))
+
+
+def test_a_calibration_counts_for_the_device_and_the_numbers_that_were_measured() -> None:
+    measured = Calibration(
+        name="mine",
+        passes=1.0,
+        decoder_passes=1.0,
+        measured="NVIDIA H200",
+        dtype="fp8",
+        ceilings=(1000.0, 500.0),
+    )  # fmt: skip
+    h20, h200 = GPUS["h20"], GPUS["h200"]
+    assert measured.rates(h20, "fp8") == (h20.rate("fp8"), h20.rate("bf16"))
+    assert measured.rates(h200, "fp8") == (1000.0, 500.0)
+    assert measured.rates(h200, "bf16") == (h200.rate("bf16"), 500.0)
