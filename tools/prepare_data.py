@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -137,7 +138,7 @@ class Book:
     def __init__(self, writer: ShardWriter, options: Prepare) -> None:
         self._writer, self._out, self._limit = writer, options.out, options.shard_records
         path = options.out / JOURNAL
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         self.videos: list[dict[str, Any]] = [entry for line in lines if (entry := _parse(line))]
         self._pending: list[dict[str, Any]] = []
         self.known = {video["name"] for video in self.videos}
@@ -212,7 +213,8 @@ class Book:
         width = round(strip.width * SHEET_HEIGHT / strip.height)
         data = io.BytesIO()
         strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(data, format="JPEG", quality=80)
-        (folder / f"{name.replace('/', '_')}.jpg").write_bytes(data.getvalue())
+        short = f"{name.replace('/', '_')[-60:]}-{zlib.crc32(name.encode()):08x}.jpg"
+        (folder / short).write_bytes(data.getvalue())
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ from lavatar_jax.inference.video import FORMATS
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".ts")
 UNREADABLE, CRASHED, NO_SOUND = "not a video, or damaged", "crashed the decoder", "no sound"
+SOUND_ENDS = "the sound ends before the pictures"
 DEFAULT_CAPTION = "a person talking"
 LOOK_SECONDS = 0.4  # between two looks for faces
 
@@ -117,7 +118,7 @@ def find_sources(folder: Path) -> tuple[list[Source], list[Outcome]]:
     """All videos below a folder, also those inside of tars, and what became of tars that cannot be read."""
     sources, broken = [], []
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name = _readable(path.relative_to(folder).as_posix())
         if path.suffix.lower() in VIDEOS and path.is_file():
             sources.append(Source(name, path))
         elif path.suffix.lower() == ".tar" and path.is_file():
@@ -128,8 +129,13 @@ def find_sources(folder: Path) -> tuple[list[Source], list[Outcome]]:
                 broken.append(Outcome(name, dropped=[("whole file", "not a tar, or damaged")]))
                 continue
             videos = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
-            sources += [Source(f"{name}/{member}", path, member) for member in videos]
+            sources += [Source(f"{name}/{_readable(member)}", path, member) for member in videos]
     return sources, broken
+
+
+def _readable(name: str) -> str:
+    """A file name as UTF-8 can write it: other bytes as \\x.."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def cut_video(job: Job) -> Outcome:
@@ -194,7 +200,11 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
         return
     sound = _sound_in_step(path, survey)
     shown = nearest_frames(times, FPS)
-    pieces, short = split_shots(find_cuts(survey.thumbnails[shown]), len(shown), job.filters)
+    heard = min(len(shown), -(-len(sound) * FPS // SAMPLE_RATE))
+    if heard < len(shown) - FPS:
+        outcome.dropped.append((_where(heard, len(shown)), SOUND_ENDS))
+    shown = shown[:heard]
+    pieces, short = split_shots(find_cuts(survey.thumbnails[shown]), heard, job.filters)
     outcome.dropped += [(_where(start, stop), SHORT) for start, stop in short]
     size = nearest_size(*survey.size, job.sizes)
     kept = []

@@ -71,7 +71,9 @@ def read_manifest(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / MANIFEST
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    # Not `splitlines`: names may hold what Unicode takes for an end of line.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -244,6 +244,30 @@ def test_workers_give_the_same_records_and_a_killed_run_goes_on(
     assert ids == [json.loads(line)["id"] for line in expected.splitlines()]
 
 
+def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp_path: Path):
+    frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(150, axis=0)
+    (tmp_path / "in").mkdir()
+    film(tmp_path / "in" / "a.mp4", frames, speech(3.0))
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--faces", "any", *OPTIONS) == 0
+    (video,) = [json.loads(line) for line in (tmp_path / "out" / "videos.jsonl").read_text().splitlines()]
+    assert [reason for _, reason in video["dropped"]] == ["the sound ends before the pictures"]
+    ends = [row["end"] for row in read_manifest(tmp_path / "out")]
+    assert 2.0 < max(ends) < 3.2
+
+
+def test_odd_names_are_only_names(cheap_encoder: None, tmp_path: Path):
+    frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(70, axis=0)
+    deep = tmp_path / "in" / ("d" * 120) / ("e" * 120)
+    deep.mkdir(parents=True)
+    good = film(deep / "long.mp4", frames, speech(2.8))
+    for name in (b"latin-\xe9.mp4", "line\u2028end\u0085.mp4".encode()):
+        (tmp_path / "in" / os.fsdecode(name)).write_bytes(good.read_bytes())
+    for _ in range(2):  # the second time all is known
+        assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--faces", "any", *OPTIONS) == 0
+        names = {row["video"] for row in read_manifest(tmp_path / "out")}
+        assert names == {"latin-\\xe9.mp4", "line\u2028end\u0085.mp4", f"{'d' * 120}/{'e' * 120}/long.mp4"}
+
+
 def test_what_a_user_gets_wrong_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
