@@ -50,16 +50,16 @@ def _parse(read: Callable[[], Options], prog: str) -> Options:
         raise UserError(f"{_one_line(complaint.getvalue())} (see {prog} --help)") from None
 
 
-def run(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the exit code."""
+def run(main: Callable[[], int | None]) -> int:
+    """Calls `main` and returns the exit code: its own, or that of what went wrong."""
     try:
-        main()
+        code = main()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def keep_compilations() -> None:

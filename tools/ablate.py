@@ -32,6 +32,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.store import load_model_folder, model_folder
+from lavatar_jax.cli import run
 from lavatar_jax.data.talking_clips import Clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.performance import (
@@ -260,8 +261,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(lambda: main(sys.argv[1:])))

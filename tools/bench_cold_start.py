@@ -24,6 +24,9 @@ START = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lavatar_jax.cli import run
+from lavatar_jax.errors import UserError
+
 PHASES = ("import", "prompt", "restore", "photo", "sound", "first block", "second block")
 COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
 
@@ -92,7 +95,9 @@ def start(model: str, size: str | None, cache: str | None) -> dict[str, tuple[fl
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
     arguments = [sys.executable, __file__, "--child", "--model", model, *(["--size", size] if size else [])]
-    done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(arguments, env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the measured process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -145,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

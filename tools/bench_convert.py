@@ -39,6 +39,7 @@ from lavatar_jax.checkpoints.exporting import (
 )  # fmt: skip
 from lavatar_jax.checkpoints.exporting import Tensor as PyTorchTensor
 from lavatar_jax.checkpoints.published import FILES, RULES, SPEECH, TOKENIZER, dit_settings, make_component
+from lavatar_jax.cli import run
 from lavatar_jax.config import DiTConfig, VAEConfig
 from lavatar_jax.models.umt5 import UMT5Config
 from lavatar_jax.models.wav2vec2 import Wav2Vec2Config
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    child(sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()
+    sys.exit(run(lambda: child(sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()))

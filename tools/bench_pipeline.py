@@ -54,6 +54,7 @@ import jax
 import numpy as np
 
 from lavatar_jax.checkpoints.store import load_model_folder
+from lavatar_jax.cli import run
 from lavatar_jax.evaluation.timeline import Bar, draw_timeline, read_profile
 from lavatar_jax.inference.pipeline import Feed, Finished, Pipeline
 from lavatar_jax.inference.rollout import Draws, rollout
@@ -426,4 +427,4 @@ def table(modes: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(OPTIONS)
+    sys.exit(run(lambda: main(OPTIONS)))

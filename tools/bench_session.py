@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lavatar_jax.cli import keep_compilations
+from lavatar_jax.cli import keep_compilations, run
 
 keep_compilations()  # before jax is imported
 
@@ -181,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 
 from lavatar_jax.checkpoints.store import load_config, model_folder
+from lavatar_jax.cli import run
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.evaluation.capacity import dit_for
 from lavatar_jax.evaluation.flops import StreamShape, count_flops
@@ -332,4 +333,4 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

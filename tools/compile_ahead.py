@@ -155,5 +155,4 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    CODE: list[int] = []
-    sys.exit(run(lambda: CODE.append(main(OPTIONS))) or CODE[0])
+    sys.exit(run(lambda: main(OPTIONS)))

@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.cli import run
 from lavatar_jax.config import RELEASE_TPP, DiTConfig, VAEConfig
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -22,9 +22,10 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.store import load_model_folder, model_folder
+from lavatar_jax.cli import run
 from lavatar_jax.data.speech import write_corpus
 from lavatar_jax.data.talking_clips import Clip
-from lavatar_jax.evaluation.performance import glimpses, held_out_clips, talk_clips
+from lavatar_jax.evaluation.performance import glimpses, held_out_clips, square_size, talk_clips
 from lavatar_jax.evaluation.probe import FaceProbe
 from lavatar_jax.evaluation.sheet import save_sheet, to_uint8
 from lavatar_jax.evaluation.talking import (
@@ -164,8 +165,7 @@ def main() -> int:
     write_corpus(arguments.speech, "heldout", 16)  # what is missing
     arguments.out.mkdir(parents=True, exist_ok=True)
     clips = held_out_clips(avatar, arguments.clips, 21, arguments.speech)
-    size = avatar.config.image_size
-    assert isinstance(size, int)
+    size = square_size(avatar)
     probes = [FaceProbe.calibrate(clip.identity, size) for clip in track(clips, description="probes")]
     numbers = probe_numbers(clips, probes) | vae_numbers(avatar.vae, clips, probes)
     videos = talk_clips(avatar, clips)
@@ -187,4 +187,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

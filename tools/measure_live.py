@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+import urllib.error
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,8 @@ import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
+from lavatar_jax.cli import run
+from lavatar_jax.errors import UserError
 from lavatar_jax.inference.generate import SAMPLES
 from lavatar_jax.inference.sound import read_sound
 from lavatar_jax.serving.media_webrtc import offer_loopback
@@ -84,8 +87,15 @@ class Received:
 def request(url: str, path: str, body: bytes, headers: dict[str, str], method: str = "POST") -> Any:
     key = {"X-API-Key": os.environ["LAVATAR_API_KEY"]} if "LAVATAR_API_KEY" in os.environ else {}
     asked = urllib.request.Request(url.rstrip("/") + path, body, headers | key, method=method)
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        return answer.read()
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.read()
+    except urllib.error.HTTPError:
+        raise
+    except urllib.error.URLError as error:
+        raise UserError(
+            f"no server answers at {url} ({error.reason}): python serve.py live starts one"
+        ) from None
 
 
 async def measure(url: str, seconds: float) -> dict[str, Any]:
@@ -194,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

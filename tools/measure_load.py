@@ -25,6 +25,7 @@ import websockets
 from rich.console import Console
 from rich.table import Table
 
+from lavatar_jax.cli import run
 from lavatar_jax.inference.generate import SAMPLES
 from lavatar_jax.inference.sound import read_sound
 from lavatar_jax.serving.media_ws import AUDIO, HEADER, INSERTED, VIDEO
@@ -146,4 +147,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

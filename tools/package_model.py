@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.tiny_dit import SAMPLING
 from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
+from lavatar_jax.cli import parse_options, run
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.data.shards import read_dataset
 from lavatar_jax.errors import UserError
@@ -57,11 +57,11 @@ def package(arguments: Arguments) -> Path:
     return out
 
 
-if __name__ == "__main__":
-    try:
-        folder = package(tyro.cli(Arguments, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str]) -> None:
+    folder = package(parse_options(Arguments, arguments, prog="tools/package_model.py"))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     print(f"{folder}: {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lavatar_jax.data.speech import read_wav
 from lavatar_jax.data.talking_clips import Clip, recording_paths, sample_clip
+from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.inference.rollout import Block, rollout
 from lavatar_jax.inference.talk import photo_conditions
@@ -45,10 +46,17 @@ def block_seconds(avatar: Avatar) -> float:
     return avatar.config.dit.block_frames * avatar.config.vae.temporal_factor / avatar.config.fps
 
 
+def square_size(avatar: Avatar) -> int:
+    """Height and width of a model's pictures. Raises UserError for models that make any size."""
+    if not isinstance(avatar.config.image_size, int):
+        name = avatar.config.name
+        raise UserError(f"{name} makes pictures of any size, and this is for models of faces of one size")
+    return avatar.config.image_size
+
+
 def held_out_clips(avatar: Avatar, count: int, blocks: int, speech: Path) -> list[Clip]:
     """Clips of `blocks` blocks of 12 frames: people, voices and sentences that training never met."""
-    size = avatar.config.image_size
-    assert isinstance(size, int), "made for models of one size"
+    size = square_size(avatar)
     return [
         sample_clip(
             FIRST_CLIP + index, 1 + 12 * blocks, size, "heldout", speech=speech, mel=avatar.config.log_mel
