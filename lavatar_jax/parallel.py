@@ -146,11 +146,16 @@ def tensor_spec(path: str, shape: tuple[int, ...], tensor: int) -> P:
     return P()
 
 
+def _name_of(path: tuple[Any, ...]) -> str:
+    """The dotted name of a leaf, such as `blocks.self_attn.q.weight.a`, without what holds it."""
+    return re.sub(r"\.value(?=\.|$)", "", jax.tree_util.keystr(path, simple=True, separator="."))
+
+
 def place_model(model: Model, mesh: Mesh) -> Model:
     """Parameters on every stage of the mesh, split along its tensor axis."""
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = _name_of(path)
         return jax.device_put(leaf, NamedSharding(mesh, tensor_spec(name, leaf.shape, mesh.shape[TENSOR])))
 
     return jax.tree_util.tree_map_with_path(place, model)
@@ -341,8 +346,7 @@ def gather_parts(tree: Model, prefix: str = "") -> Model:
         return tree
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = prefix + re.sub(r"\.value(?=\.|$)", "", jax.tree_util.keystr(path, simple=True, separator="."))
-        spec = tensor_spec(name, leaf.shape, mesh.shape[TENSOR])
+        spec = tensor_spec(prefix + _name_of(path), leaf.shape, mesh.shape[TENSOR])
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(gather, tree)

@@ -93,12 +93,18 @@ def read_lora(
     do not fit; and if there is no pair at all.
     """
     parts: dict[str, dict[str, str]] = {}  # module -> side -> key
+    whole: dict[str, str] = {}  # the model's key -> the file's
     problems: list[str] = []
     for key in tensors:
         place = _place(key)
         if place is None:
-            if base_key(key, base) is None:
+            name = base_key(key, base)
+            if name is None:
                 problems.append(f"unknown key {key}")
+            elif name in whole:
+                problems.append(f"{whole[name]} and {key} are the same tensor")
+            else:
+                whole[name] = key
             continue
         module, side = place
         if side in parts.setdefault(module, {}):

@@ -351,13 +351,15 @@ class Pipeline:
     # ---- sessions ----------------------------------------------------------------------------------------
 
     def open(self, slot: int, conditions: Conditions) -> None:
-        """Start a new video in a slot: its prompt, its sink, a primed decoder, block 0 next."""
+        """Start a new video in a slot: its prompt, its sink, a primed decoder, block 0 next.
+
+        Raises ValueError for conditions of other sizes than the pipeline was built for.
+        """
         if conditions.reference.shape[2:4] != (self.height, self.width):
             raise ValueError(f"the pipeline was built for latents of {self.height} x {self.width}")
         self._clear(slot, next_block=0)
         self.set_text(slot, conditions.text)
-        if conditions.actor_mask is not None:
-            self._set_mask(slot, conditions.actor_mask)
+        self._set_mask(slot, conditions.actor_mask)
         self.set_sink(slot, conditions.reference, conditions.motion, at_once=True)
         self.decoders[slot] = self._make_decoder(conditions)
 
@@ -423,13 +425,28 @@ class Pipeline:
         self.decoders[slot] = StreamDecoder.from_state(self.vae, cache, state.drop_frames)
 
     def _set_mask(self, slot: int, mask: Any) -> None:
+        """Where each speaker is in a slot's video; None: everywhere."""
         masks = np.asarray(self.actor_mask).copy()
-        masks[slot] = np.asarray(mask)[0]
+        if mask is not None and np.shape(mask)[1:] != masks.shape[1:]:
+            raise ValueError(
+                f"a mask of {np.shape(mask)[1]} speakers on {np.shape(mask)[2:]} tokens: the pipeline was "
+                f"built for {self.speakers} on {masks.shape[2:]}"
+            )
+        if mask is not None and self.speakers == 1 and np.any(np.asarray(mask) != 1):
+            raise ValueError("a pipeline of one speaker takes no mask: build it with speakers=2")
+        masks[slot] = 1.0 if mask is None else np.asarray(mask)[0]
         self.actor_mask = jax.device_put(masks, self._sharding(P()))
 
     def set_text(self, slot: int, text_1SE: Array) -> None:
-        """A prompt for the blocks from now on, those in flight included."""
-        text = jax.device_put(text_1SE, self._sharding(P()))
+        """A prompt for the blocks from now on, those in flight included; what is missing of it is zeros.
+
+        Raises ValueError for one that is longer than the model's `text_len`.
+        """
+        given, length = text_1SE.shape[1], self.dit.config.text_len
+        if given > length:
+            raise ValueError(f"a prompt of {given} states, the model takes {length}")
+        padded = jnp.pad(text_1SE, ((0, 0), (0, length - given), (0, 0)))
+        text = jax.device_put(padded, self._sharding(P()))
         self.text = self._set_text(self.dit, self.text, text, jnp.int32(slot))
 
     def set_sink(

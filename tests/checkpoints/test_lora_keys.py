@@ -186,3 +186,5 @@ def test_whole_tensors_of_the_model_are_counted_and_not_lost() -> None:
     assert extra_keys(tensors, base) == names
     del base["patch_embedding.bias"]
     assert "unknown key base_model.model.patch_embedding.bias" in problem_of(tensors, base)
+    twice = adapter() | extra | {"patch_embedding.bias": np.ones(3)}
+    assert "patch_embedding.bias are the same tensor" in problem_of(twice)

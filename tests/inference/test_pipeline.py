@@ -16,7 +16,8 @@ from lavatar_jax.inference.pipeline_rollout import pipeline_rollout
 from lavatar_jax.inference.pipeline_spmd import OneProgramPipeline
 from lavatar_jax.inference.rollout import Draws, rollout
 from lavatar_jax.inference.talk import photo_conditions, talk
-from lavatar_jax.parallel import PipelineLayout
+from lavatar_jax.lora import add_adapters
+from lavatar_jax.parallel import PipelineLayout, place_model, stage_mesh
 from lavatar_jax.quant import E4M3, quantize
 from lavatar_jax.types import BlockInput, Conditions
 from tests.tiny import normal, random_dit, random_vae, tiny_config, tiny_vae_config
@@ -226,6 +227,42 @@ def test_a_slot_can_be_used_again() -> None:
         np.testing.assert_array_equal(got, want)
 
 
+def test_a_slots_next_video_has_neither_the_masks_nor_the_prompt_of_the_last() -> None:
+    def frames(pipeline: Pipeline, given: Conditions) -> list[np.ndarray]:
+        draws, got = Draws(SAMPLING, (1, 3, HEIGHT, WIDTH, 3), 1), []
+        pipeline.open(0, given)
+        for tick in range(12):
+            inputs = BlockInput(normal(tick, 1, 2, 2, 5, 12))
+            feeds = {0: Feed(tick, draws.noise(tick), inputs, draws.distances(tick))} if tick < 4 else {}
+            got += [np.asarray(pipeline.decode(block)) for block in pipeline.tick(feeds)]
+        return got
+
+    config = tiny_config()
+    plain = conditions(1)
+    short = dataclasses.replace(plain, text=plain.text[:, : config.text_len - 1])
+    whole = dataclasses.replace(plain, text=plain.text.at[:, config.text_len - 1 :].set(0.0))
+    mask = np.zeros((1, 2, 3, HEIGHT // 2, WIDTH // 2), np.float32)
+    mask[:, 0] = 1.0
+    pipeline = make_pipeline(speakers=2)
+    masked = frames(pipeline, dataclasses.replace(plain, actor_mask=mask))
+    again, fresh = frames(pipeline, short), frames(make_pipeline(speakers=2), whole)
+    assert len(fresh) == 4
+    for got, want in zip(again, fresh, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert np.abs(masked[-1] - fresh[-1]).max() > 1e-3
+
+
+def test_conditions_that_do_not_fit_are_refused() -> None:
+    plain, mask = conditions(1), np.zeros((1, 1, 3, HEIGHT // 2, WIDTH // 2), np.float32)
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match="one speaker takes no mask"):
+        pipeline.open(0, dataclasses.replace(plain, actor_mask=mask))
+    with pytest.raises(ValueError, match="2 speakers"):
+        pipeline.open(0, dataclasses.replace(plain, actor_mask=mask.repeat(2, axis=1)))
+    with pytest.raises(ValueError, match="the model takes"):
+        pipeline.open(0, dataclasses.replace(plain, text=plain.text.repeat(2, axis=1)))
+
+
 def test_a_block_out_of_order_is_refused() -> None:
     pipeline = make_pipeline()
     video = Video(pipeline, 0, 1, 2)
@@ -278,6 +315,17 @@ def test_tensor_parallel_stages_hold_half_of_each_matrix() -> None:
         assert 2 * local[axis] == weight[...].shape[axis]
     heads = pipeline.rings[0].k
     assert 2 * heads.addressable_shards[0].data.shape[3] == heads.shape[3]
+
+
+def test_tensor_parallel_stages_keep_the_rank_of_adapters_whole() -> None:
+    """A rank of 3 could not be split over 2 devices."""
+    adapted = add_adapters(random_dit(tiny_config()), jax.random.key(0), rank=3, alpha=3.0)
+    mesh = stage_mesh(PipelineLayout(stages=1, tensor=2, own_decoder=False), jax.devices()[:2])
+    placed = place_model(adapted, mesh)
+    q, o = (getattr(placed.blocks.self_attn, name).weight.get_value() for name in "qo")
+    local = [x.sharding.shard_shape(x.shape) for x in (q.a, q.b, o.a, o.b)]
+    width = tiny_config().width
+    assert [shape[-2:] for shape in local] == [(width, 3), (3, width // 2), (width // 2, 3), (3, width)]
 
 
 @pytest.mark.parametrize(
