@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,12 @@ class PoseEncoder:
 
     As in the reference, frames are resized and cropped as the photo is, and every clip is encoded by itself
     behind one copy of its first frame, whose latent is dropped.
+
+    Args:
+        clip_blocks: blocks of a clip.
+        block_frames: latent frames of a block.
+        lead: copies of the first frame in front: as many as the decoder drops, so that poses stay in step
+            with the sound, which is led in the same way.
     """
 
     def __init__(
@@ -31,16 +38,19 @@ class PoseEncoder:
         *,
         height: int,
         width: int,
+        block_frames: int = 3,
+        lead: int = 0,
     ) -> None:
         self.vae, self.clip_blocks, self.height, self.width = vae, clip_blocks, height, width
-        self._frames = (frame for piece in frames for frame in piece)
+        self.block_frames = block_frames
+        self._frames = _led((frame for piece in frames for frame in piece), lead)
 
     def __iter__(self) -> Iterator[Float[Array, "1 F H W C"]]:
         block, last = 0, np.zeros((self.height, self.width, 3), np.uint8)
         cache: Any = None
         while True:
             frames = []
-            for _ in range(3 * self.vae.config.temporal_factor):
+            for _ in range(self.block_frames * self.vae.config.temporal_factor):
                 frame = next(self._frames, None)
                 last = last if frame is None else resize_and_crop(frame, self.height, self.width)
                 frames.append(last)
@@ -51,6 +61,13 @@ class PoseEncoder:
             latent, cache = _encode_stream(self.vae, video, cache, first=False)
             yield latent
             block += 1
+
+
+def _led(frames: Iterator[np.ndarray], lead: int) -> Iterator[np.ndarray]:
+    """`lead` copies of the first frame before it."""
+    for first in itertools.islice(frames, 1):
+        yield from itertools.repeat(first, lead + 1)
+    yield from frames
 
 
 @functools.partial(jax.jit, static_argnames="first")

@@ -88,7 +88,11 @@ def talk(
     poses = None
     if pose is not None:
         height, width = (side * avatar.vae.config.spatial_factor for side in conditions.reference.shape[2:4])
-        poses = iter(PoseEncoder(avatar.vae, pose, sampling.clip_blocks, height=height, width=width))
+        encoder = PoseEncoder(
+            avatar.vae, pose, sampling.clip_blocks, height=height, width=width,
+            block_frames=avatar.config.dit.block_frames, lead=sampling.drop_first_frames,
+        )  # fmt: skip
+        poses = iter(encoder)
     inputs = (BlockInput(jnp.asarray(f[None, None]), next(poses) if poses else None) for f in features)
     blocks: Iterator[Block] | Iterator[PipelinedBlock]
     if layout is None:
