@@ -34,7 +34,6 @@ import numpy as np
 from rich.progress import track
 
 from lavatar_jax.checkpoints.store import load_model_folder
-from lavatar_jax.evaluation.performance import square_size
 from lavatar_jax.inference.decode import StreamDecoder
 from lavatar_jax.inference.denoise import (
     denoise_block,
@@ -52,7 +51,7 @@ from lavatar_jax.inference.talk import photo_conditions, talk
 from lavatar_jax.inference.video import VideoWriter
 from lavatar_jax.models.attention import ring_slot
 from lavatar_jax.models.audio_encoder import encode_audio
-from lavatar_jax.models.avatar import Avatar
+from lavatar_jax.models.avatar import Avatar, square_size
 from lavatar_jax.models.dit_forward import stream_forward
 from lavatar_jax.models.speech_level import normalise_level
 from lavatar_jax.types import BlockInput

@@ -25,7 +25,7 @@ from lavatar_jax.checkpoints.store import load_model_folder, model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.data.speech import write_corpus
 from lavatar_jax.data.talking_clips import Clip
-from lavatar_jax.evaluation.performance import glimpses, held_out_clips, square_size, talk_clips
+from lavatar_jax.evaluation.performance import glimpses, held_out_clips, talk_clips
 from lavatar_jax.evaluation.probe import FaceProbe
 from lavatar_jax.evaluation.sheet import save_sheet, to_uint8
 from lavatar_jax.evaluation.talking import (
@@ -37,7 +37,7 @@ from lavatar_jax.evaluation.talking import (
     vae_numbers,
 )
 from lavatar_jax.inference.video import VideoWriter
-from lavatar_jax.models.avatar import Avatar
+from lavatar_jax.models.avatar import Avatar, square_size
 
 Bar = tuple[str, Callable[[float], bool]]  # in words, and as a test
 

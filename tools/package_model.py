@@ -37,8 +37,8 @@ def package(arguments: Arguments) -> Path:
     path = Path(arguments.dit) / "config.json"
     if not path.is_file():
         raise UserError(f"{arguments.dit} is not a run of stage 1 or 2: {path} is missing")
-    run = json.loads(path.read_text())
-    data = config_from_dict(LatentsConfig, run["data"])
+    trained = json.loads(path.read_text())
+    data = config_from_dict(LatentsConfig, trained["data"])
     statistics = read_dataset(data.folder)
 
     vae_config, vae = load_vae(arguments.vae)
@@ -49,7 +49,7 @@ def package(arguments: Arguments) -> Path:
         image_size=data.size,
         dit=dit.config,
         vae=vae_config,
-        sampling=config_from_dict(SamplingConfig, run["sampling"]) if "sampling" in run else SAMPLING,
+        sampling=config_from_dict(SamplingConfig, trained["sampling"]) if "sampling" in trained else SAMPLING,
         log_mel=LogMelConfig(),
     )
     out = Path(arguments.out)

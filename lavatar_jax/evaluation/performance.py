@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from lavatar_jax.data.speech import read_wav
 from lavatar_jax.data.talking_clips import Clip, recording_paths, sample_clip
-from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.inference.rollout import Block, rollout
 from lavatar_jax.inference.talk import photo_conditions
-from lavatar_jax.models.avatar import Avatar
+from lavatar_jax.models.avatar import Avatar, square_size
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import log_mel
 from lavatar_jax.types import BlockInput, Conditions
@@ -44,14 +43,6 @@ def with_sampling(avatar: Avatar, *, block_frames: int | None = None, **changes:
 
 def block_seconds(avatar: Avatar) -> float:
     return avatar.config.dit.block_frames * avatar.config.vae.temporal_factor / avatar.config.fps
-
-
-def square_size(avatar: Avatar) -> int:
-    """Height and width of a model's pictures. Raises UserError for models that make any size."""
-    if not isinstance(avatar.config.image_size, int):
-        name = avatar.config.name
-        raise UserError(f"{name} makes pictures of any size, and this is for models of faces of one size")
-    return avatar.config.image_size
 
 
 def held_out_clips(avatar: Avatar, count: int, blocks: int, speech: Path) -> list[Clip]:

@@ -427,14 +427,14 @@ class Pipeline:
     def _set_mask(self, slot: int, mask: Any) -> None:
         """Where each speaker is in a slot's video; None: everywhere."""
         masks = np.asarray(self.actor_mask).copy()
-        if mask is not None and np.shape(mask)[1:] != masks.shape[1:]:
-            raise ValueError(
-                f"a mask of {np.shape(mask)[1]} speakers on {np.shape(mask)[2:]} tokens: the pipeline was "
-                f"built for {self.speakers} on {masks.shape[2:]}"
-            )
-        if mask is not None and self.speakers == 1 and np.any(np.asarray(mask) != 1):
+        mask = np.ones_like(masks[:1]) if mask is None else np.asarray(mask)
+        if mask.shape[1:] != masks.shape[1:]:
+            speakers, *tokens = mask.shape[1:]
+            built = f"the pipeline was built for {self.speakers} on {list(masks.shape[2:])}"
+            raise ValueError(f"a mask of {speakers} speakers on {tokens} tokens: {built}")
+        if self.speakers == 1 and np.any(mask != 1):
             raise ValueError("a pipeline of one speaker takes no mask: build it with speakers=2")
-        masks[slot] = 1.0 if mask is None else np.asarray(mask)[0]
+        masks[slot] = mask[0]
         self.actor_mask = jax.device_put(masks, self._sharding(P()))
 
     def set_text(self, slot: int, text_1SE: Array) -> None:
@@ -445,8 +445,7 @@ class Pipeline:
         given, length = text_1SE.shape[1], self.dit.config.text_len
         if given > length:
             raise ValueError(f"a prompt of {given} states, the model takes {length}")
-        padded = jnp.pad(text_1SE, ((0, 0), (0, length - given), (0, 0)))
-        text = jax.device_put(padded, self._sharding(P()))
+        text = jax.device_put(jnp.pad(text_1SE, [(0, 0), (0, length - given), (0, 0)]), self._sharding(P()))
         self.text = self._set_text(self.dit, self.text, text, jnp.int32(slot))
 
     def set_sink(

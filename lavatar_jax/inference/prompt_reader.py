@@ -24,7 +24,8 @@ class PromptReader:
     """Words -> what `read_prompt` finds in them, again and again. Thread-safe.
 
     The encoder is loaded here and not freed: nobody who changes a prompt waits until gigabytes are read. The
-    published one takes 11 GB on the first device. The last states stay in the memory of the host.
+    published one takes 11 GB on the first device, by its parameters. The last states stay in the memory of
+    the host.
 
     Raises UserError when the model folder's tokenizer or text encoder cannot be read, here and not at the
     first prompt, and ValueError when the model has none.

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lavatar_jax.errors import UserError
-from lavatar_jax.inference.output import temporary_name, write_errors
+from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.inference.output import temporary_name
 from lavatar_jax.inference.pipeline import SlotState
 from lavatar_jax.models.attention import KV, RingCache
 

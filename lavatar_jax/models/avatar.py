@@ -6,6 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.models.umt5 import UMT5Config
@@ -45,3 +46,11 @@ class Avatar(NamedTuple):
     dit: CausalDiT
     vae: CausalVAE
     speech: Wav2Vec2 | None = None  # where the configuration has it
+
+
+def square_size(avatar: Avatar) -> int:
+    """Height and width of a model's pictures. Raises UserError for models that make any size."""
+    if not isinstance(avatar.config.image_size, int):
+        name = avatar.config.name
+        raise UserError(f"{name} makes pictures of any size, and this is for models of faces of one size")
+    return avatar.config.image_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,21 +58,26 @@ def _one_layer(run: Any) -> Any:
     return dataclasses.replace(run, model=model, train=dataclasses.replace(run.train, remat="none"))
 
 
+def _transformer(run: Any, loss_of: Callable[[Any], tuple[Weights[Any], LossFn]], *, motion: bool) -> Subject:
+    """A network that learns on clips by one loss; `loss_of(run)` is its weights and that loss."""
+    weights, loss = loss_of(run)
+    return Subject(
+        weights=weights,
+        state=_state(run, weights.params),
+        loss=loss,
+        batch=_sample(run, motion=motion),
+        layer=loss_of(_one_layer(run)),
+        heads=run.model.heads,
+    )
+
+
 def _forcing(run: DiTRun) -> Subject:
     def loss_of(run: DiTRun) -> tuple[Weights[Any], LossFn]:
         weights = abstract_weights(run.make, run.lora)
         merge = compute_in(weights.merge, run.train.precision)
         return weights, diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
 
-    weights, loss = loss_of(run)
-    return Subject(
-        weights=weights,
-        state=_state(run, weights.params),
-        loss=loss,
-        batch=_sample(run, motion=True),
-        layer=loss_of(_one_layer(run)),
-        heads=run.model.heads,
-    )
+    return _transformer(run, loss_of, motion=True)
 
 
 def _distill(run: DistillRun) -> Subject:
@@ -125,15 +131,7 @@ def _ode(run: OdeRun) -> Subject:
         weights = abstract_weights(run.make, run.lora)
         return _with_teacher(run, weights), make_ode_loss(run, make_roles(run))
 
-    weights, loss = loss_of(run)
-    return Subject(
-        weights=weights,
-        state=_state(run, weights.params),
-        loss=loss,
-        batch=_sample(run, motion=False),
-        layer=loss_of(_one_layer(run)),
-        heads=run.model.heads,
-    )
+    return _transformer(run, loss_of, motion=False)
 
 
 def _sample(run: DiTRun | DistillRun, *, motion: bool) -> dict[str, jax.ShapeDtypeStruct]:

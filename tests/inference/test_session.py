@@ -1,7 +1,6 @@
 """Sessions on one pipeline, with a clock that only moves when told."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import threading
@@ -10,96 +9,29 @@ import time
 import numpy as np
 import pytest
 
-from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.hearing import FADE
-from lavatar_jax.inference.prompt_reader import PromptDesk
 from lavatar_jax.inference.session import AvatarSession
-from lavatar_jax.inference.session_host import Busy, SessionHost
+from lavatar_jax.inference.session_host import Busy
 from lavatar_jax.inference.talk import photo_conditions, talk
-from lavatar_jax.models.avatar import Avatar, AvatarConfig
-from lavatar_jax.models.logmel import LogMelConfig
 from lavatar_jax.parallel import PipelineLayout
-from tests.tiny import random_dit, random_vae, tiny_config, tiny_vae_config
-
-SAMPLING = SamplingConfig(
-    motion=False, adapt_sink_after=1, prime_latents=2, ring_blocks=2, steps=2, drop_first_frames=0
+from tests.inference.hosts import (
+    BLOCK,
+    DROPPING,
+    ONE,
+    SAMPLING,
+    SLOTS,
+    STAGES,
+    avatar,
+    drain,
+    frames_of,
+    make_host,
+    offline,
+    photo,
+    run,
+    sound_of,
+    speech,
 )
-DROPPING = dataclasses.replace(SAMPLING, drop_first_frames=3)
-MEL = LogMelConfig(bands=2, pooled=1)
-BLOCK = 7680
-STAGES = PipelineLayout(stages=2)
-SLOTS = 3
-ONE = PipelineLayout(stages=1, own_decoder=False)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@functools.cache
-def avatar(sampling: SamplingConfig = SAMPLING) -> Avatar:
-    dit = tiny_config(audio_dim=MEL.dim, audio_layers=1)
-    config = AvatarConfig(
-        name="test", image_size=16, dit=dit, vae=tiny_vae_config(), sampling=sampling, log_mel=MEL
-    )
-    return Avatar(config, random_dit(dit), random_vae(config.vae))
-
-
-def photo(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (20, 24, 3)).astype(np.uint8)
-
-
-def speech(blocks: float, seed: int = 0) -> np.ndarray:
-    return (0.3 * np.random.default_rng(seed).standard_normal(int(blocks * BLOCK))).astype(np.float32)
-
-
-def make_host(layout: PipelineLayout = ONE, sampling=SAMPLING, name="here") -> SessionHost:
-    """An empty host. They are used again: compiling is what takes time. `name` tells two of a kind apart."""
-    host = cached_host(layout, sampling, name)
-    for session in host.sessions:
-        session.close()
-    host.clock.now = 1000.0
-    return host
-
-
-@functools.cache
-def cached_host(layout: PipelineLayout, sampling: SamplingConfig, name: str) -> SessionHost:
-    return SessionHost(avatar(sampling), SLOTS, layout, clock=Clock(), parts=3 if name == "parts" else 1)
-
-
-def drain(session: AvatarSession) -> list:
-    blocks = []
-    while (block := session.read()) is not None:
-        blocks.append(block)
-    return blocks
-
-
-def run(host: SessionHost, seconds: float, each=None) -> None:
-    """Steps as time passes, in ticks of 20 ms of the clock; work itself takes no time."""
-    for _ in range(round(seconds / 0.02)):
-        if each:
-            each()
-        while host.step() == 0.0:
-            pass
-        host.clock.now += 0.02
-
-
-def offline(host: SessionHost, session: AvatarSession) -> list:
-    """All blocks of a session that is not live and was told to finish."""
-    return list(session)
-
-
-def frames_of(blocks) -> np.ndarray:
-    return np.concatenate([block.frames for block in blocks])
-
-
-def sound_of(blocks) -> np.ndarray:
-    return np.concatenate([block.sound for block in blocks])
 
 
 @pytest.mark.parametrize("layout", [ONE, STAGES], ids=["1", "2+1"])
@@ -344,138 +276,6 @@ def test_without_a_clock_an_unread_session_waits_for_its_reader() -> None:
     assert session.stats.dropped_frames == 0
 
 
-def test_interrupt() -> None:
-    """The old sound fades within 5 ms, the next block's is silent, and the picture moves on as before."""
-    host = make_host(STAGES)
-    session = host.open(photo())
-    session.push_audio(speech(20))
-    before = []
-    run(host, 3.0, lambda: before.extend(drain(session)))
-    while not len(session.outbox):
-        run(host, 0.02)
-    session.interrupt()
-    assert session.queued_seconds == 0
-    after = []
-    run(host, 3.0, lambda: after.extend(drain(session)))
-    sound = sound_of(after)
-    assert sound[: FADE // 2].any()
-    assert not sound[FADE:].any()
-    assert np.abs(sound[:FADE]).max() <= 1.0
-    assert abs(sound[FADE - 1]) < 0.01
-    motion = frame_steps(before[1:])
-    assert frame_steps([before[-1], *after])[:36].max() <= 1.1 * motion.max()
-    session.push_audio(speech(2))  # and it can talk again
-    session.end_of_speech()
-    run(host, 3.0)
-    assert np.count_nonzero(sound_of(drain(session))) == 2 * BLOCK
-
-
-def frame_steps(blocks) -> np.ndarray:
-    """Mean difference of each frame to the one before."""
-    return np.abs(np.diff(frames_of(blocks).astype(float), axis=0)).mean(axis=(1, 2, 3))
-
-
-def test_after_an_interrupt_the_avatar_does_what_it_does_in_silence() -> None:
-    """From the block after the interrupt on, features are those of silence."""
-    host = make_host()
-    session = host.open(photo())
-    session.push_audio(speech(20))
-    run(host, 2.0)
-    session.interrupt()
-    taken = session._hearing.taken
-    heard = []
-    take = session._hearing.take
-    session._hearing.take = lambda: heard.append(take()) or heard[-1]
-    run(host, 2.0)
-    assert session._hearing.taken > taken + 2
-    silent = heard[-1][0]
-    assert np.ptp(silent, axis=-1).max() == 0
-    frames_of_old_speech = np.abs(heard[0][0] - silent).max(axis=(0, 1)) > 0
-    assert frames_of_old_speech.nonzero()[0].max(initial=-1) < 4  # the look-ahead it had already heard
-    assert not any(np.abs(features - silent).any() for features, _ in heard[1:])
-
-
-def test_save_and_restore_in_another_host(tmp_path) -> None:
-    """Saved in the middle of speech, and gone on with elsewhere, next to others: not a bit differs."""
-    samples = speech(7.4)
-    whole_host = make_host(STAGES)
-    whole = whole_host.open(photo(), prompt="hello", seed=5, live=False)
-    whole.push_audio(samples)
-    whole.finish()
-    want = offline(whole_host, whole)
-    host = make_host(STAGES)
-    session = host.open(photo(), prompt="hello", seed=5, live=False)
-    other = host.open(photo(1), seed=1, live=False)
-    other.push_audio(speech(9, 1))
-    session.push_audio(samples[: int(2.7 * BLOCK)])
-    for _ in range(4):
-        host.step()
-    host.save(session, tmp_path / "session.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["session.safetensors"]
-    assert (tmp_path / "session.safetensors").stat().st_mode & 0o777 == 0o600
-    got = drain(session)
-    assert 0 < len(got) < 7
-    elsewhere = make_host(STAGES, name="elsewhere")
-    elsewhere.open(photo(4), live=False).push_audio(speech(4))
-    elsewhere.step()
-    restored = elsewhere.restore(tmp_path / "session.safetensors", live=False)
-    restored.push_audio(samples[int(2.7 * BLOCK) :])
-    restored.finish()
-    got += offline(elsewhere, restored)
-    assert [block.index for block in got] == list(range(8))
-    np.testing.assert_array_equal(frames_of(got), frames_of(want))
-    np.testing.assert_array_equal(sound_of(got), sound_of(want))
-    session.push_audio(samples[int(2.7 * BLOCK) :])  # and where it was saved it goes on as well
-    session.finish()
-    rest = frames_of(offline(host, session))
-    np.testing.assert_array_equal(rest, frames_of(want)[-len(rest) :])
-
-
-def test_a_saved_session_is_checked(tmp_path) -> None:
-    host = make_host()
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(UserError, match="there is no saved session"):
-        host.restore(path)
-    sessions = [host.open(photo()) for _ in range(SLOTS)]
-    host.save(sessions[0], path)
-    with pytest.raises(Busy):
-        host.restore(path)
-    other = make_host(sampling=DROPPING)
-    with pytest.raises(UserError, match="was saved with"):
-        other.restore(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    sessions[0].close()
-    with pytest.raises(UserError, match="damaged"):
-        host.restore(path)
-    with pytest.raises(UserError, match="cannot be written"):
-        host.save(host.open(photo()), tmp_path / "no" / "such.safetensors")
-
-
-@pytest.mark.parametrize("fault", ["callback", "features", "prompt"])
-def test_a_fault_closes_its_session_only(fault: str) -> None:
-    def run_with(faulty: bool) -> np.ndarray:
-        host = make_host(STAGES)
-        good = host.open(photo(1), seed=1)
-        bad = host.open(photo(2), on_block=(lambda block: 1 / 0) if fault == "callback" and faulty else None)
-        blocks = []
-        run(host, 1.0, lambda: blocks.extend(drain(good)))
-        if faulty and fault == "features":
-            bad._hearing.listen = None
-        if faulty and fault == "prompt":
-            bad.set_prompt(np.zeros((1, 3, 3, 3)))
-        run(host, 3.0, lambda: blocks.extend(drain(good)))
-        assert (bad.reason is not None) == faulty
-        assert good.reason is None
-        if faulty:
-            assert bad.reason.startswith("failed: ")
-            with pytest.raises(UserError, match="the session is closed"):
-                bad.push_audio(speech(1))
-            host.open(photo(3))  # its place is free
-        return frames_of(blocks)
-
-    np.testing.assert_array_equal(run_with(True), run_with(False))
-
-
 def test_a_late_block_holds_the_last_frame_and_time_goes_on() -> None:
     host = make_host()
     session = host.open(photo())
@@ -547,129 +347,6 @@ def test_early_exit_shows_the_first_blocks_sooner_and_changes_no_other_state() -
     assert plain.stats.early == 0
     one = make_host().open(photo(), early_exit=0)
     assert one.options.early_exit is None  # one stage has nothing to leave early
-
-
-def test_a_prompt_can_change() -> None:
-    def last(prompts: list[str]) -> np.ndarray:
-        host = make_host()
-        session = host.open(photo(), prompt="calm", live=False)
-        for prompt in prompts:
-            session.set_prompt(prompt)
-            session.push_audio(speech(1))
-            host.step()
-        session.finish()
-        return list(session)[-1].frames
-
-    np.testing.assert_array_equal(last(["calm", "calm"]), last(["calm", "calm"]))
-    assert (last(["calm", "angry"]) != last(["calm", "calm"])).any()
-
-
-def test_nobody_waits_for_a_prompt_that_is_being_read(monkeypatch, tmp_path) -> None:
-    """Neither who sends it nor the blocks; only who saves the session, which shall have it."""
-    host, begun, read = make_host(), threading.Event(), threading.Event()
-    encode = host._encode_prompt
-    seen = []
-
-    def slowly(prompt: str):
-        seen.append(prompt)
-        begun.set()
-        assert read.wait(60)
-        return encode(prompt)
-
-    monkeypatch.setattr(host, "_prompts", PromptDesk(slowly))
-    session = host.open(photo(), prompt="calm")
-    before = np.asarray(host.pipeline.text.k)
-    session.set_prompt("slow")
-    assert begun.wait(60)
-    session.set_prompt("never mind")
-    session.set_prompt("angry")
-    blocks = []
-    run(host, 1.5, lambda: blocks.extend(drain(session)))
-    assert len(blocks) == 4
-    np.testing.assert_array_equal(np.asarray(host.pipeline.text.k), before)
-    saving = threading.Thread(target=host.save, args=(session, tmp_path / "session"))
-    saving.start()
-    saving.join(0.1)
-    assert saving.is_alive()
-    read.set()
-    saving.join(60)
-    assert seen == ["slow", "angry"]
-    after = np.asarray(host.pipeline.text.k)
-    assert (after != before).any()
-    session.close()
-    host.restore(tmp_path / "session")
-    np.testing.assert_array_equal(np.asarray(host.pipeline.text.k), after)
-    other = host.open(photo(), live=False)
-    now = np.asarray(host.pipeline.text.k)
-    other.set_prompt("joyful")  # not live: this has waited
-    host.step()
-    assert (np.asarray(host.pipeline.text.k) != now).any()
-
-
-def test_nobody_waits_for_features(monkeypatch) -> None:
-    """While a network listens, who speaks, ends or interrupts is not held up: that may be an event loop."""
-    host = make_host()
-    session = host.open(photo(), live=False)
-    listening, go_on = threading.Event(), threading.Event()
-    listen = session._hearing.listen
-
-    def slowly() -> None:
-        listening.set()
-        assert go_on.wait(60)
-        listen()
-
-    monkeypatch.setattr(session._hearing, "listen", slowly)
-    session.push_audio(speech(2))
-    stepping = threading.Thread(target=host.step)
-    stepping.start()
-    assert listening.wait(60)
-
-    def speak() -> None:
-        session.push_audio(speech(0.5))
-        session.end_of_speech()
-        session.set_prompt(np.asarray(host._encode_prompt("angry")))
-        session.interrupt()
-        session.push_audio(speech(1, seed=1))
-
-    speaking = threading.Thread(target=speak)
-    speaking.start()
-    speaking.join(30)
-    waited = speaking.is_alive()
-    go_on.set()
-    stepping.join(60)
-    speaking.join(60)
-    assert not waited
-    session.finish()
-    sound = sound_of(offline(host, session))
-    assert sound[: FADE // 2].any()  # the block that was being heard fades, as if it had just left
-    assert not sound[FADE:BLOCK].any()
-    assert session.queued_seconds == 0
-    said = speech(1, seed=1)
-    first = np.flatnonzero(sound[FADE:])[0] + FADE
-    np.testing.assert_array_equal(sound[first:][: len(said)], said)
-
-
-def test_an_interrupt_reaches_blocks_on_their_way_and_no_other_session() -> None:
-    def blocks(interrupt: bool) -> tuple[np.ndarray, np.ndarray]:
-        host = make_host(STAGES)
-        sessions = [host.open(photo(seed), seed=seed, live=False) for seed in range(2)]
-        for session in sessions:
-            session.push_audio(speech(6))
-        for _ in range(4):
-            host.step()
-        if interrupt:
-            assert sessions[0]._flying
-            sessions[0].interrupt()
-        for session in sessions:
-            session.finish()
-        return tuple(frames_of(list(session)) for session in sessions)
-
-    went_on, other = blocks(False)
-    stopped, undisturbed = blocks(True)
-    np.testing.assert_array_equal(undisturbed, other)
-    assert len(stopped) == 5 * 12  # four were fed, and the look-ahead of the last
-    same = (stopped == went_on[: 5 * 12]).reshape(5, -1).all(axis=1)
-    assert same.tolist() == [True, True, True, False, False]  # the fourth had a step to go
 
 
 def test_a_thread_serves_readers_and_ends() -> None:

@@ -70,7 +70,7 @@ def test_a_short_text_does_not_overtake_a_long_one(tts: SlowTts, said: tuple[Ses
         answers = [asked.result().json()["seconds"] for asked in (first, second, third)]
     assert lengths[0] == len("slow text")
     assert sorted(lengths[1:]) == [len("short"), 8000]
-    assert all(seconds >= 0 for seconds in answers)
+    assert answers[2] == 0.5  # the file; the texts of a few samples are rounded to nothing
     assert session.room.voice.making == 0
 
 
