@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from lavatar_jax.checkpoints.store import load_config, load_encoders, load_text_encoder, model_folder
 from lavatar_jax.data.clip_filters import FPS, FilterConfig, clip_starts, reference_frame
 from lavatar_jax.data.records import Record
+from lavatar_jax.inference.encode import frame_chunks
 from lavatar_jax.inference.images import size_less_than_area
 from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.logmel import log_mel
@@ -32,12 +36,25 @@ def target_sizes(config: AvatarConfig) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(size_less_than_area(*shape, area) for shape in shapes))
 
 
-@jax.jit
-def _encode(vae: CausalVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Raw means [F, h, w, Z] of frames uint8 [T, H, W, 3], and the encoder's own deviation [Z]."""
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
+def _encode_chunk(
+    vae: CausalVAE, video: jax.Array, cache: Any, *, first: bool
+) -> tuple[jax.Array, jax.Array, Any]:
     pixels = video.astype(jnp.float32) / 127.5 - 1.0
-    mean, log_variance = vae.encode_distribution(pixels[None])
-    return mean[0], jnp.exp(0.5 * log_variance).mean(axis=(0, 1, 2, 3))
+    mean, log_variance, cache = vae.stream_encode_distribution(pixels[None], cache, first=first)
+    return mean[0], jnp.exp(0.5 * log_variance).mean(axis=(0, 2, 3)), cache
+
+
+def _encode(
+    vae: CausalVAE, video: UInt8[np.ndarray, "T H W 3"]
+) -> tuple[Float[np.ndarray, "F h w Z"], Float[np.ndarray, " Z"]]:
+    """Raw means of a clip, and the encoder's own deviation; a chunk at a time, as long clips need."""
+    cache, means, spreads = None, [], []
+    for piece in frame_chunks(vae, len(video)):
+        mean, spread, cache = _encode_chunk(vae, jnp.asarray(video[piece]), cache, first=cache is None)
+        means.append(np.asarray(mean, np.float32))
+        spreads.append(np.asarray(spread, np.float32))
+    return np.concatenate(means), np.concatenate(spreads).mean(axis=0)
 
 
 class ClipEncoder:
@@ -80,16 +97,15 @@ class ClipEncoder:
                 continue
             if features is None:
                 features = self.hear(np.load(piece.samples), len(frames))
-            latent, spread = _encode(self._vae, jnp.asarray(frames[start:stop]))
-            reference, _ = _encode(self._vae, jnp.asarray(frames[away : away + 1]))
-            latent = np.asarray(latent, np.float32)
+            latent, spread = _encode(self._vae, frames[start:stop])
+            reference, _ = _encode(self._vae, frames[away : away + 1])
             record: Record = {
                 "id": name,
                 "caption": outcome.caption,
                 "latent": latent[motion_latents:].astype(np.float16),
                 "motion": latent[:motion_latents].astype(np.float16),
-                "reference": np.asarray(reference, np.float16),
-                "spread": np.asarray(spread, np.float16),
+                "reference": reference.astype(np.float16),
+                "spread": spread.astype(np.float16),
                 "audio": features[..., first:stop].astype(np.float16),
             }
             text = self.read(outcome.caption)

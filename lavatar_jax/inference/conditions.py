@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.config import DiTConfig, SamplingConfig
-from lavatar_jax.inference.decode import encode
 from lavatar_jax.inference.denoise import uses_motion
+from lavatar_jax.inference.encode import encode
 from lavatar_jax.models.vae import CausalVAE
 from lavatar_jax.types import Conditions
 
@@ -38,10 +38,10 @@ def image_conditions(
     Reference behaviour 4.2 and 5: the single-GPU release encodes five copies and keeps the second latent,
     the pipeline encodes one; motion frames are copies of the photo too.
     """
-    photo = jnp.asarray(to_signed(image_HWC))[None, None]
+    photo = to_signed(image_HWC)
 
-    def still(copies: int) -> Array:
-        return jnp.repeat(photo, copies, axis=1)
+    def still(copies: int) -> np.ndarray:  # without copying: hundreds of frames take a gigabyte
+        return np.broadcast_to(photo, (1, copies, *photo.shape))
 
     reference = encode(vae, still(sampling.reference_copies))[:, -1:]
     motion, history = None, None
@@ -51,7 +51,7 @@ def image_conditions(
         pixels = still(max(frames, sampling.motion_copies))
         motion = encode(vae, pixels)
         start = motion[:, : sampling.prime_latents]
-        history = pixels if sampling.decode == "clip" else None
+        history = jnp.asarray(pixels) if sampling.decode == "clip" else None
     else:
         start = encode(vae, still(frames))
     return Conditions(

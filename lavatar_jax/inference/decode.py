@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lavatar_jax.inference.encode import CHUNK_LATENTS, chunks, encode
 from lavatar_jax.models.vae import CausalVAE, to_pixels
-
-encode = jax.jit(lambda vae, video: vae.encode(video))
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
@@ -24,11 +23,11 @@ class StreamDecoder:
     """Every block becomes 12 frames, with the VAE's causal caches carried on (release TPP, paper)."""
 
     def __init__(self, vae: CausalVAE, still_BFHWC: Float[Array, "B F H W C"], drop_first: int) -> None:
-        batch, _, height, width, _ = still_BFHWC.shape
         self.vae, self._drop = vae, drop_first
-        cache = vae.init_decode_cache(batch, height, width)
         # The still image fills the caches, so that the video does not begin out of nothing.
-        _, self._cache = _stream(vae, still_BFHWC, cache, first=True)
+        self._cache: Any = None
+        for piece in chunks(still_BFHWC.shape[1], CHUNK_LATENTS):
+            _, self._cache = _stream(vae, still_BFHWC[:, piece], self._cache, first=self._cache is None)
 
     @classmethod
     def from_state(cls, vae: CausalVAE, cache: Any, drop_first: int) -> Self:
@@ -47,17 +46,12 @@ class StreamDecoder:
         return video[:, dropped:]
 
 
-@functools.partial(jax.jit, static_argnames="frames")
-def _clip(vae: CausalVAE, motion: Array, clip: Array, *, frames: int) -> Array:
-    return to_pixels(vae.decode(jnp.concatenate([motion, clip], axis=1)))[:, -frames:]
-
-
 class ClipDecoder:
     """Whole clips, each decoded behind the latents of the frames before it (release, single GPU).
 
     `history` [B, T, H, W, 3]: the pixels before the video (copies of the photo); `motion` their latents.
     The newest `overlap` decoded frames push the oldest of the history out; `motion` follows.
-    Reference behaviour 4.8 and 4.9.
+    A clip is a stream that begins with its motion. Reference behaviour 4.8 and 4.9.
     """
 
     def __init__(self, vae: CausalVAE, history: Array, motion: Array, overlap: int, drop_first: int) -> None:
@@ -65,8 +59,9 @@ class ClipDecoder:
         self._overlap, self._drop = overlap, drop_first
 
     def __call__(self, clip_BFHWC: Float[Array, "B F H W C"]) -> Float[Array, "B T H W 3"]:
-        frames = clip_BFHWC.shape[1] * self.vae.config.temporal_factor
-        video = _clip(self.vae, self.motion, clip_BFHWC, frames=frames)[:, self._drop :]
+        stream = StreamDecoder(self.vae, self.motion, 0)
+        pieces = chunks(clip_BFHWC.shape[1], CHUNK_LATENTS)
+        video = jnp.concatenate([stream(clip_BFHWC[:, piece]) for piece in pieces], axis=1)[:, self._drop :]
         self._drop = 0
         overlap = min(self._overlap, video.shape[1])
         history = jnp.concatenate([self.history, video[:, -overlap:]], axis=1)

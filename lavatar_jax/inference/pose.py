@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lavatar_jax.inference.conditions import to_signed
+from lavatar_jax.inference.encode import encode_chunk
 from lavatar_jax.inference.images import resize_and_crop
 from lavatar_jax.models.vae import CausalVAE
 
@@ -56,9 +55,8 @@ class PoseEncoder:
                 frames.append(last)
             video = jnp.asarray(to_signed(np.stack(frames)))[None]
             if block % self.clip_blocks == 0:
-                empty = self.vae.init_encode_cache(1, self.height, self.width)
-                _, cache = _encode_stream(self.vae, video[:, :1], empty, first=True)
-            latent, cache = _encode_stream(self.vae, video, cache, first=False)
+                _, cache = encode_chunk(self.vae, video[:, :1], None, first=True)
+            latent, cache = encode_chunk(self.vae, video, cache, first=False)
             yield latent
             block += 1
 
@@ -68,8 +66,3 @@ def _led(frames: Iterator[np.ndarray], lead: int) -> Iterator[np.ndarray]:
     for first in itertools.islice(frames, 1):
         yield from itertools.repeat(first, lead + 1)
     yield from frames
-
-
-@functools.partial(jax.jit, static_argnames="first")
-def _encode_stream(vae: CausalVAE, video: Array, cache: Any, *, first: bool) -> tuple[Array, Any]:
-    return vae.stream_encode(video, cache, first=first)

@@ -46,7 +46,7 @@ def test_the_first_frame_leads_and_the_last_is_held(monkeypatch: pytest.MonkeyPa
             seen.append(np.asarray(video)[0, :, 0, 0, 0])
         return video, cache
 
-    monkeypatch.setattr(pose, "_encode_stream", look)
+    monkeypatch.setattr(pose, "encode_chunk", look)
     frames = poses(7)
     encoded(frames, 2, block_frames=2, lead=3)
     numbers = [0, 0, 0, *range(7), *[6] * (4 * FACTOR - 10)]

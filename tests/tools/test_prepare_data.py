@@ -109,7 +109,7 @@ def videos(faces: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) ->
 def cheap_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents are small pictures: every 4th frame at an 8th of the size."""
 
-    def shrink(vae: object, video: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    def shrink(vae: object, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.asarray(video, np.float32)[::4] / 127.5 - 1
         count, height, width, _ = pixels.shape
         cells = pixels.reshape(count, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4))

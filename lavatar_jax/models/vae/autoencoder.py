@@ -122,7 +122,7 @@ class CausalVAE(nnx.Module):
 
     def encode_distribution(self, video: Video) -> tuple[Latent, Latent]:
         """(mean, log variance) of the latents, not normalised; for training."""
-        mean, logvar, _ = self._encode(video, None, first=True)
+        mean, logvar, _ = self.stream_encode_distribution(video, None, first=True)
         return mean, logvar
 
     def decode(self, latent: Latent) -> Video:
@@ -134,12 +134,21 @@ class CausalVAE(nnx.Module):
     def init_encode_cache(self, batch: int, height: int, width: int) -> Cache:
         """Cache before the first frame of videos of this size; its shapes never change."""
         video = jnp.zeros((batch, 1, height, width, 3), self.dtype)
-        return _zeros_like_result(lambda x: self._encode(x, None, first=True)[2], video)
+        return _zeros_like_result(lambda x: self.stream_encode_distribution(x, None, first=True)[2], video)
 
     def stream_encode(self, video: Video, cache: Cache, *, first: bool) -> tuple[Latent, Cache]:
         """Encode the next chunk: 1 + r k frames if it is the `first`, else r k frames (k latents)."""
-        mean, _, cache = self._encode(video, cache, first=first)
+        mean, _, cache = self.stream_encode_distribution(video, cache, first=first)
         return self.normalise(mean), cache
+
+    def stream_encode_distribution(
+        self, video: Video, cache: Cache, *, first: bool
+    ) -> tuple[Latent, Latent, Cache]:
+        """(mean, log variance, cache) of the next chunk, not normalised."""
+        _check_video(video, self.config, first=first)
+        x, cache = self.encoder(patchify(video.astype(self.dtype), self.config.patch), cache, first=first)
+        mean, logvar = jnp.split(self.quant(x), 2, axis=-1)
+        return mean, logvar, cache
 
     def init_decode_cache(self, batch: int, latent_height: int, latent_width: int) -> Cache:
         """Cache before the first latent of videos of this latent size; its shapes never change."""
@@ -169,12 +178,6 @@ class CausalVAE(nnx.Module):
 
     def _statistics(self, dtype: jnp.dtype) -> tuple[Array, Array]:
         return jnp.asarray(self.config.latent_mean, dtype), jnp.asarray(self.config.latent_std, dtype)
-
-    def _encode(self, video: Video, cache: Cache, *, first: bool) -> tuple[Latent, Latent, Cache]:
-        _check_video(video, self.config, first=first)
-        x, cache = self.encoder(patchify(video.astype(self.dtype), self.config.patch), cache, first=first)
-        mean, logvar = jnp.split(self.quant(x), 2, axis=-1)
-        return mean, logvar, cache
 
 
 def make_vae(config: VAEConfig, *, rngs: nnx.Rngs) -> CausalVAE:
