@@ -104,8 +104,8 @@ class Pipeline:
     """The denoising ring on a mesh, and a streaming decoder for each slot.
 
     `height`, `width`: latent size. `speakers`: rows of audio for each slot. `layout`: see PipelineLayout;
-    `devices` default to all. Raises ValueError for sampling that only the sequential rollout can do, and
-    UserError when there are too few devices.
+    `devices` default to all. Raises ValueError for sampling that only the sequential rollout can do, or for
+    devices of more than one process, and UserError when there are too few devices.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Pipeline:
         devices: list[jax.Device] | None = None,
     ) -> None:
         layout = layout or PipelineLayout(stages=sampling.steps)
-        _check(sampling, layout)
         found = take_devices(layout.devices, devices)
+        _check(sampling, layout, found)
         self.sampling, self.layout, self.slots, self.speakers = sampling, layout, slots, speakers
         self.height, self.width = height, width
         self.config = dit.config
@@ -486,13 +486,16 @@ class Pipeline:
         return decoder(jax.device_put(block.latent, self.decoder_device))
 
 
-def _check(sampling: SamplingConfig, layout: PipelineLayout) -> None:
+def _check(sampling: SamplingConfig, layout: PipelineLayout, devices: list[jax.Device]) -> None:
     if sampling.steps % layout.stages:
         raise ValueError(f"{layout.stages} stages do not divide {sampling.steps} steps evenly")
     if sampling.history != "noisy":
         raise ValueError(f"history={sampling.history!r} shares one ring between steps; a pipeline cannot")
     if sampling.decode != "stream":
         raise ValueError(f"a pipeline decodes as a stream, not decode={sampling.decode!r}")
+    if len({device.process_index for device in devices}) > 1:
+        # Packets, slots and frames are put together from and taken apart into arrays of this process.
+        raise ValueError("a pipeline runs in one process so far: give it devices of one")
 
 
 def _ring_specs(count: int) -> Rings:

@@ -1,10 +1,13 @@
-"""The pipeline with its decoder as one program over all devices: for meshes that span hosts.
+"""The pipeline with its decoder as one program over all devices.
 
-`Pipeline` runs the denoising ring as one program and the decoder as another, which one host must launch in
-turn. Here the decoder is the last stage of the same program: every device takes the branch of its stage, so
-every host launches the same thing. The price is that the decoder's device carries weights and rings it never
-uses, that frames come in lockstep with the ring, and that stages cannot be split over a tensor axis
-(collectives inside a branch deadlock).
+`Pipeline` runs the denoising ring as one program and the decoder as another. Here the decoder is the last
+stage of the same program: every device takes the branch of its stage. The price is that the decoder's device
+carries weights and rings it never uses, that frames come in lockstep with the ring, and that stages cannot be
+split over a tensor axis (collectives inside a branch deadlock).
+
+This is meant for meshes that span hosts, all of which would launch the same thing. So far it runs in one
+process, as `Pipeline` does: what the host gives to the program and takes from it (packets, slots, frames) are
+arrays of one process.
 """
 
 from __future__ import annotations

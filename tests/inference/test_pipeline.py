@@ -129,6 +129,18 @@ def test_one_program_for_all_devices_is_the_same(drain: bool) -> None:
     assert_equal(got, sequential(dataclasses.replace(sampling, adapt_sink_after=1 if drain else 5), 20))
 
 
+@pytest.mark.parametrize("kind", [Pipeline, OneProgramPipeline])
+def test_devices_of_several_processes_are_refused(kind) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+
+    devices = [Device(0), Device(0), Device(1), Device(1), Device(1)]
+    size = {"height": HEIGHT, "width": WIDTH}
+    with pytest.raises(ValueError, match="one process so far"):
+        kind(random_dit(tiny_config()), random_vae(VAE), SAMPLING, devices=devices, **size)
+
+
 def test_motion_frames_poses_and_two_speakers() -> None:
     """Everything a packet and a sink can carry."""
     config = tiny_config(use_motion=True, use_pose=True)
