@@ -3,7 +3,8 @@
     python tools/check_parity.py CASE_DIR... [-v]
 
 One line per case: PASS or FAIL, name, worst absolute error, and the tolerance at that tensor; last
-"N passed, M failed". Exit code 0 only if every case is known and passed. -v also lists every tensor.
+"N passed, M failed". A case passes only if every output that its case.json names or its files hold was
+compared. Exit code 0 only if every case is known and passed. -v also lists every tensor.
 """
 
 from __future__ import annotations
@@ -74,20 +75,23 @@ def excess(check: Check) -> tuple[float, float]:
 
 
 class Result(NamedTuple):
-    """How one case went. `error` and `tolerance` are those of the tensor that came closest to failing."""
+    """How one case went. `error` and `tolerance` are those of the tensor that came closest to failing.
+
+    `problem` says why there was nothing to compare, or what was not.
+    """
 
     name: str
     passed: bool
-    error: float = 0.0
+    error: float = np.inf
     tolerance: Tolerance = EXACT
     tensors: int = 0
     variants: tuple[str, ...] = ()
-    problem: str = ""  # why there is nothing to compare
+    problem: str = ""
 
     def __str__(self) -> str:
         rtol, atol = self.tolerance
-        detail = self.problem or f"{self.error:.2e} rtol={rtol:g},atol={atol:g}"
-        return f"{'PASS' if self.passed else 'FAIL'} {self.name} {detail}"
+        numbers = f"{self.error:.2e} rtol={rtol:g},atol={atol:g}"
+        return f"{'PASS' if self.passed else 'FAIL'} {self.name} {numbers} {self.problem}".rstrip()
 
 
 def find_check(name: str) -> Callable[[Case], Iterator[Check]] | None:
@@ -106,6 +110,7 @@ def run_case(folder: Path, verbose: bool = False) -> Result:
 def _compare(folder: Path, verbose: bool) -> Result:
     try:
         case = Case(folder)
+        left = case.recorded()
     except (OSError, ValueError, SafetensorError) as reason:
         return Result(folder.name, passed=False, problem=f"unreadable: {reason}")
     check_case = find_check(case.name)
@@ -117,13 +122,18 @@ def _compare(folder: Path, verbose: bool) -> Result:
             ratio, error = excess(check)
             count += 1
             if verbose:
-                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check.name} {error:.2e}")
+                print(f"  {'ok  ' if ratio <= 1 else 'FAIL'} {check} {error:.2e}")
+            left.discard((check.variant, check.name))
             if ratio > worst:
                 worst, worst_error, tolerance = ratio, error, check.tolerance
     except Exception as reason:
         message = str(reason).splitlines()[0] if str(reason) else ""
         return Result(case.name, passed=False, problem=f"{type(reason).__name__}: {message}")
-    return Result(case.name, count > 0 and worst <= 1, worst_error, tolerance, count, case.variants)
+    result = Result(case.name, count > 0 and worst <= 1, worst_error, tolerance, count, case.variants)
+    if left:
+        names = ", ".join(name + f" ({variant})" * bool(variant) for variant, name in sorted(left))
+        return result._replace(passed=False, problem=f"not compared: {names}")
+    return result
 
 
 def main() -> int:

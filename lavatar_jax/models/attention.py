@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.layers import Linear, RMSNorm
+from lavatar_jax.models.rope import Rope, apply_rope
 
 Implementation = Literal["xla", "cudnn", "chunked"]
 CHUNK = 512  # queries of a group of "chunked"
@@ -196,3 +197,52 @@ def ring_slot(block: int, block_tokens: int, ring_tokens: int, local_tokens: int
     if wrapped:
         raise ValueError("local attention is only defined until the ring wraps")
     return RingSlot(offset, end, max(0, end - local_tokens))
+
+
+def ring_attention(
+    layer: Int[Array, ""] | int,
+    q: Float[Array, "B T N H"],
+    kv: KV,
+    ring: KV,
+    sink_k: Float[Array, "B C N H"],
+    slot: RingSlot,
+    rope: Rope,
+    sink_rope: Rope,
+    *,
+    implementation: Implementation = "xla",
+) -> tuple[Float[Array, "B T N H"], KV]:
+    """A block's attention in one layer of the cache -> (values, `ring` with the block in it).
+
+    `q`, `kv` [B, T, N, H] and `sink_k` come without rope; `ring` is the cache's `k` and `v` of all layers.
+    The block is written first, and then attends to the sink and to what `slot` names of the ring, itself
+    included.
+    """
+    n_sink, slots = sink_k.shape[1], ring.k.shape[2]
+
+    def write(buffer: Array, new: Array, offset: Any) -> Array:
+        new = new[None].astype(buffer.dtype)
+        if jnp.ndim(offset) == 0:
+            return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, offset, 0, 0))
+        for row in range(new.shape[1]):  # one update in place a row; a scatter would copy the ring
+            here = (layer, row, offset[row], 0, 0)
+            buffer = jax.lax.dynamic_update_slice(buffer, new[:, row : row + 1], here)
+        return buffer
+
+    k = write(ring.k, apply_rope(sink_k, sink_rope), 0)
+    k = write(k, apply_rope(kv.k, rope), n_sink + slot.offset)
+    v = write(ring.v, kv.v, n_sink + slot.offset)
+    k_layer, v_layer = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False) for b in (k, v))
+    mask = None
+    if slot.start is not None:
+        place = jnp.arange(slots)
+        attended = (place < n_sink) | (place >= n_sink + slot.start)
+        mask = jnp.broadcast_to(attended, (q.shape[1], slots))
+    y = dot_product_attention(
+        apply_rope(q, rope),
+        k_layer,
+        v_layer,
+        length=n_sink + slot.end,
+        mask=mask,
+        implementation=implementation,
+    )
+    return y, KV(k, v)

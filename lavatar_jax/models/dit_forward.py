@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.models import rope as rp
-from lavatar_jax.models.attention import KV, RingCache, RingSlot, dot_product_attention
+from lavatar_jax.models.attention import KV, RingCache, RingSlot, dot_product_attention, ring_attention
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
 from lavatar_jax.models.dit import (
     CausalDiT,
@@ -132,36 +132,11 @@ def stream_forward(
     """
     frames = latent_BFHWC.shape[1]
     x = model.embed_noisy(latent_BFHWC, pose_BFHWC)
-    n_sink = cache.sink_tokens
-    end = n_sink + slot.end
-    mask = None
-    if slot.start is not None:
-        position = jnp.arange(cache.k.shape[2])
-        mask = ((position < n_sink) | (position >= n_sink + slot.start))[None]
 
     def attend(layer: Any, q: Array, kv: KV, ring: KV, sink_k: Array) -> tuple[Array, KV, None]:
-        def write(buffer: Array, new: Array, offset: Any) -> Array:
-            new = new[None].astype(buffer.dtype)
-            if jnp.ndim(offset) == 0:
-                return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, offset, 0, 0))
-            for row in range(new.shape[1]):  # one update in place a row; a scatter would copy the ring
-                here = (layer, row, offset[row], 0, 0)
-                buffer = jax.lax.dynamic_update_slice(buffer, new[:, row : row + 1], here)
-            return buffer
-
-        k = write(ring.k, apply_rope(sink_k, sink_rope), 0)
-        k = write(k, apply_rope(kv.k, rope), n_sink + slot.offset)
-        v = write(ring.v, kv.v, n_sink + slot.offset)
-        k_layer, v_layer = (jax.lax.dynamic_index_in_dim(b, layer, keepdims=False) for b in (k, v))
-        y = dot_product_attention(
-            apply_rope(q, rope),
-            k_layer,
-            v_layer,
-            length=end,
-            mask=mask,
-            implementation=model.config.attention,
-        )
-        return y, KV(k, v), None
+        kind = model.config.attention
+        y, ring = ring_attention(layer, q, kv, ring, sink_k, slot, rope, sink_rope, implementation=kind)
+        return y, ring, None
 
     x, ring, _ = run_layers(
         model,

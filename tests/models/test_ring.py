@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lavatar_jax.models.attention import dot_product_attention, init_cache, ring_slot
+from lavatar_jax.models import rope as rp
+from lavatar_jax.models.attention import KV, dot_product_attention, init_cache, ring_attention, ring_slot
 from tests.tiny import normal, tiny_config
 
 RINGS = st.tuples(st.integers(1, 9), st.integers(1, 5))  # blocks in the ring, tokens in a block
@@ -47,6 +48,29 @@ def test_local_attention_sees_the_latest_tokens_until_the_ring_wraps(ring, local
         assert slot.end - slot.start == min(local, slot.end)
     with pytest.raises(ValueError, match="until the ring wraps"):
         ring_slot(blocks, tokens, blocks * tokens, local_tokens=local)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_local_attention_is_attention_to_sink_and_latest_tokens_alone(implementation) -> None:
+    sink_tokens, tokens, heads, dim, layer, local = 3, 4, 2, 8, 1, 6
+    unmoved, sink_unmoved = (
+        rp.Rope(np.ones((count, dim // 2), np.float32), np.zeros((count, dim // 2), np.float32))
+        for count in (tokens, sink_tokens)
+    )
+    ring = KV(*(normal(key, 2, 1, sink_tokens + 3 * tokens, heads, dim) for key in range(2)))
+    q, k, v = (normal(key, 1, tokens, heads, dim) for key in range(2, 5))
+    sink_k = normal(5, 1, sink_tokens, heads, dim)
+    slot = ring_slot(1, tokens, 3 * tokens, local_tokens=local)
+    got, written = ring_attention(
+        layer, q, KV(k, v), ring, sink_k, slot, unmoved, sink_unmoved, implementation=implementation
+    )
+    seen = slice(sink_tokens + 2 * tokens - local, sink_tokens + tokens)
+    keys = jnp.concatenate([sink_k, ring.k[layer, :, seen], k], axis=1)
+    values = jnp.concatenate([ring.v[layer, :, :sink_tokens], ring.v[layer, :, seen], v], axis=1)
+    np.testing.assert_allclose(got, dot_product_attention(q, keys, values), rtol=1e-5, atol=1e-6)
+    place = slice(sink_tokens + tokens, sink_tokens + 2 * tokens)
+    np.testing.assert_array_equal(written.k[layer, :, place], k)
+    np.testing.assert_array_equal(written.v[0], ring.v[0])
 
 
 def test_a_ring_of_part_blocks_is_refused() -> None:

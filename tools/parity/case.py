@@ -19,45 +19,69 @@ from lavatar_jax.models.dit import CausalDiT
 
 Tolerance = tuple[float, float]  # rtol, atol
 EXACT: Tolerance = (0.0, 0.0)
+DRAWN = "noise."  # random numbers that were recorded beside the outputs: the cases start from them
 
 
 class Check(NamedTuple):
-    """One tensor: what we compute and what the reference did."""
+    """One tensor: what we compute and what the reference did.
+
+    `name` and `variant` are those of the recorded output (see `Case.recorded`); a comparison with something
+    else, or a second way to the same output, has others.
+    """
 
     name: str
     got: Any
     want: Any
     tolerance: Tolerance
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.variant})" if self.variant else self.name
 
 
 class Case:
-    """`case.json` with its tensors; `variant` picks `outputs_<variant>.safetensors`."""
+    """`case.json` with its tensors; `variant` picks `outputs_<variant>.safetensors`.
+
+    Raises OSError or ValueError where a file is missing or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: dict[str, Any] = json.loads((folder / "case.json").read_text())
         self.name: str = self.info.get("case", folder.resolve().name)
-        self.inputs = self._load("inputs")
-        self.weights = self._load("weights")
+        self.inputs = self._load("inputs") if self._exists("inputs") else {}
+        self.weights = self._load("weights") if self._exists("weights") else {}
 
     def __getitem__(self, key: str) -> Any:
         return self.info[key]
 
+    def _exists(self, name: str) -> bool:
+        return (self.folder / f"{name}.safetensors").exists()
+
     def _load(self, name: str) -> dict[str, np.ndarray]:
-        path = self.folder / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
+        return load_file(self.folder / f"{name}.safetensors")
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the `outputs_<variant>.safetensors`."""
-        paths = sorted(self.folder.glob("outputs_*.safetensors"))
-        return tuple(path.stem.removeprefix("outputs_") for path in paths)
+        """Variants that `case.json` names or that have an `outputs_<variant>.safetensors`."""
+        found = {path.stem.removeprefix("outputs_") for path in self.folder.glob("outputs_*.safetensors")}
+        return tuple(sorted(found | self.info.get("variant_outputs", {}).keys()))
 
     def outputs(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(variant, tensors), the main output first under the name ""."""
         yield "", self._load("outputs")
         for variant in self.variants:
             yield variant, self._load(f"outputs_{variant}")
+
+    def recorded(self) -> set[tuple[str, str]]:
+        """(variant, name) of all outputs: those that `case.json` names and those that the files hold."""
+        named = {"": self.info.get("outputs", {}), **self.info.get("variant_outputs", {})}
+        return {
+            (variant, name)
+            for variant, tensors in self.outputs()
+            for name in tensors.keys() | named.get(variant, {})
+            if not name.startswith(DRAWN)
+        }
 
     def tolerance(self, *names: str) -> Tolerance:
         """The first named tolerance of the case (or its only one)."""

@@ -21,7 +21,7 @@ from lavatar_jax.models.dit_forward import (
     teacher_forward,
     train_forward,
 )
-from tools.parity.case import EXACT, Case, Check, first, last, load_dit, pad_text
+from tools.parity.case import EXACT, Case, Check, Tolerance, first, last, load_dit, pad_text
 
 _step = jax.jit(stream_forward)
 
@@ -78,12 +78,14 @@ class Stream:
         )
 
 
-def _cache_checks(name: str, cache: RingCache, want: dict[str, np.ndarray], tolerance) -> Iterator[Check]:
+def _cache_checks(
+    name: str, cache: RingCache, want: dict[str, np.ndarray], tolerance: Tolerance, variant: str
+) -> Iterator[Check]:
     for layer in range(cache.k.shape[0]):
         for part, value in (("k", cache.k), ("v", cache.v)):
             key = f"{name}l{layer}.{part}"
             if key in want:
-                yield Check(key, value[layer, :, cache.sink_tokens :], want[key], tolerance)
+                yield Check(key, value[layer, :, cache.sink_tokens :], want[key], tolerance, variant)
 
 
 def stream(case: Case) -> Iterator[Check]:
@@ -93,7 +95,6 @@ def stream(case: Case) -> Iterator[Check]:
     frames, sigmas = case["frames_per_block"], case["sigmas"]
     for variant, want in case.outputs():
         run = Stream(case, model, case["cache_tokens"], half=variant == "ropefp16")
-        suffix = f" ({variant})" if variant else ""
         rings, latents = [run.sink] * case["n_steps"], []
         for block in range(case["n_blocks"]):
             x = noise[:, frames * block : frames * (block + 1)]
@@ -101,19 +102,20 @@ def stream(case: Case) -> Iterator[Check]:
                 distance = case["relative_dist"][block][step]
                 flow, rings[step] = run.step(rings[step], x, t, block, distance)
                 key = f"flow.b{block}.s{step}"
-                yield Check(key + suffix, first(flow[0]), want[key], case.tolerance("flow/latents"))
+                yield Check(key, first(flow[0]), want[key], case.tolerance("flow/latents"), variant)
                 x = x + (sigmas[step + 1] - sigmas[step]) * flow
             latents.append(x)
         video = first(jnp.concatenate(latents, axis=1)[0])
-        yield Check("latents" + suffix, video, want["latents"], case.tolerance("flow/latents"))
+        yield Check("latents", video, want["latents"], case.tolerance("flow/latents"), variant)
         for step, ring in enumerate(rings):
-            yield from _cache_checks(f"kv.s{step}.", ring, want, case.tolerance("kv"))
+            yield from _cache_checks(f"kv.s{step}.", ring, want, case.tolerance("kv"), variant)
         sink = run.sink
         for layer in range(model.config.layers):
-            if f"cond.l{layer}.k" in want:
-                got = KV(sink.sink_k[layer], sink.v[layer, :, : sink.sink_tokens])
-                yield Check(f"cond.l{layer}.k{suffix}", got.k, want[f"cond.l{layer}.k"], case.tolerance("kv"))
-                yield Check(f"cond.l{layer}.v{suffix}", got.v, want[f"cond.l{layer}.v"], case.tolerance("kv"))
+            got = KV(sink.sink_k[layer], sink.v[layer, :, : sink.sink_tokens])
+            for part, value in got._asdict().items():
+                key = f"cond.l{layer}.{part}"
+                if key in want:
+                    yield Check(key, value, want[key], case.tolerance("kv"), variant)
 
 
 def late_clip(case: Case) -> Iterator[Check]:
@@ -133,8 +135,8 @@ def late_clip(case: Case) -> Iterator[Check]:
             frame = case["first_frame"] + block * frames
             piece = x[:, frames * block : frames * (block + 1)]
             flow, cache = run.step(cache, piece, case["t"], block, distance, frame)
-            yield Check(f"flow.b{block} ({variant})", first(flow[0]), want[f"flow.b{block}"], tolerance)
-        yield from _cache_checks("kv.", cache, want, tolerance)
+            yield Check(f"flow.b{block}", first(flow[0]), want[f"flow.b{block}"], tolerance, variant)
+        yield from _cache_checks("kv.", cache, want, tolerance, variant)
 
 
 def train(case: Case) -> Iterator[Check]:
@@ -152,13 +154,13 @@ def train(case: Case) -> Iterator[Check]:
             pose_BFHWC=jnp.asarray(last(inputs["cond_states"])),
             drop_motion=drops.get(variant, "none"),
         )
-        yield Check(f"flow ({variant})", first(flow[0]), want["flow"], case.tolerance("flow"))
+        yield Check("flow", first(flow[0]), want["flow"], case.tolerance("flow"), variant)
         if "mask" in want:
             frames, tokens = case["n_frames"], case["frame_seqlen"]
             mask = block_causal_mask(
                 frames, tokens, len(want["mask"]) - frames * tokens, case["num_frame_per_block"]
             )
-            yield Check(f"mask ({variant})", mask.astype(np.uint8), want["mask"], EXACT)
+            yield Check("mask", mask.astype(np.uint8), want["mask"], EXACT, variant)
 
 
 def teacher(case: Case) -> Iterator[Check]:
@@ -176,4 +178,4 @@ def teacher(case: Case) -> Iterator[Check]:
             pose_BFHWC=jnp.asarray(last(inputs["cond"])),
             add_last_motion=1 if variant == "addlast1" else 2,
         )
-        yield Check(f"flow ({variant})", first(flow), want["flow"], case.tolerance("float32"))
+        yield Check("flow", first(flow), want["flow"], case.tolerance("float32"), variant)

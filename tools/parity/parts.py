@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -13,9 +14,10 @@ from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.inference.actor_masks import build_actor_masks, dilate, route
 from lavatar_jax.models import rope as rp
-from lavatar_jax.models.attention import KV, dot_product_attention, ring_slot
+from lavatar_jax.models.attention import KV, dot_product_attention, init_cache, ring_attention, ring_slot
 from lavatar_jax.models.audio_encoder import CausalAudioEncoder, encode_audio
 from lavatar_jax.models.dit import Block, CausalDiT, Sequence, timestep_sinusoid
+from lavatar_jax.models.dit_forward import write_sink
 from lavatar_jax.models.layers import MLP, Linear, gelu_tanh
 from lavatar_jax.models.motion_packer import MotionPacker
 from tools.parity.case import EXACT, Case, Check, dit_config, last, load_part, pad_text
@@ -29,16 +31,16 @@ def rope(case: Case) -> Iterator[Check]:
         # Rows of the reference's table: one token at (n, n, n).
         rows = [rp.Grid((n, n, n), (n + 1, n + 1, n + 1), (1, 1, 1)) for n in case["table_rows"]]
         table = rp.rope(rows, head_dim)  # its own dump of the table is not rounded in either variant
-        yield Check("table.cos", table.cos, want["table.cos"], tolerance)
-        yield Check("table.sin", table.sin, want["table.sin"], tolerance)
+        yield Check("table.cos", table.cos, want["table.cos"], tolerance, variant)
+        yield Check("table.sin", table.sin, want["table.sin"], tolerance, variant)
         for name, entry in case["sets"].items():
             grids = [rp.Grid(*map(tuple, group)) for group in entry["groups"]]
             grids = [grid.rolled(entry["n_frames"]) if i < 2 else grid for i, grid in enumerate(grids)]
             table = rp.rope(grids, head_dim, half_table=half)
             rotated = rp.apply_rope(jnp.asarray(case.inputs[f"{name}.x"]), table)
-            yield Check(f"{name}.freq_cos", table.cos, want[f"{name}.freq_cos"], tolerance)
-            yield Check(f"{name}.freq_sin", table.sin, want[f"{name}.freq_sin"], tolerance)
-            yield Check(f"{name}.rotated", rotated, want[f"{name}.rotated"], tolerance)
+            got = {"freq_cos": table.cos, "freq_sin": table.sin, "rotated": rotated}
+            for part, value in got.items():
+                yield Check(f"{name}.{part}", value, want[f"{name}.{part}"], tolerance, variant)
 
 
 class _Embeddings(nnx.Module):
@@ -64,9 +66,8 @@ def embeddings(case: Case) -> Iterator[Check]:
     yield Check("sinusoid", sinusoid[0], want["sinusoid"], tolerance)
     yield Check("e", times.e[0], want["e"], tolerance)
     yield Check("e0", times.e0[0], want["e0"], tolerance)
-    yield Check(
-        "context", model.embed_text(pad_text(contexts, config.text_len)), want["context_out"], tolerance
-    )
+    context = model.embed_text(pad_text(contexts, config.text_len))
+    yield Check("context_out", context, want["context_out"], tolerance)
 
 
 def audio_encoder(case: Case) -> Iterator[Check]:
@@ -112,12 +113,12 @@ def motion_packer(case: Case) -> Iterator[Check]:
         roll = args["roll"] if args["slide"] else args["seq"]
         table = rp.rope(rp.motion_grids(height, width, roll=roll), case["dim"] // case["num_heads"])
         yield Check(f"{name}.tokens", packer(motion, args["add"]), want[f"{name}.tokens"], tolerance)
-        yield Check(f"{name}.cos", table.cos, want[f"{name}.freq_cos"], tolerance)
-        yield Check(f"{name}.sin", table.sin, want[f"{name}.freq_sin"], tolerance)
+        yield Check(f"{name}.freq_cos", table.cos, want[f"{name}.freq_cos"], tolerance)
+        yield Check(f"{name}.freq_sin", table.sin, want[f"{name}.freq_sin"], tolerance)
 
 
 def block(case: Case) -> Iterator[Check]:
-    """One block with its cache, driven by hand as the streaming forward drives all of them."""
+    """One block with its cache, driven as the streaming forward drives all of them."""
     tolerance, inputs = case.tolerance("float32"), {k: jnp.asarray(v) for k, v in case.inputs.items()}
     config = DiTConfig(
         layers=1, inject_layers=(), width=case["dim"], heads=case["num_heads"], ffn_width=case["ffn_dim"]
@@ -148,39 +149,32 @@ def block(case: Case) -> Iterator[Check]:
         sink_out, sink = layer(
             inputs["x_sink"], inputs["e_sink"][:, :1, :, 1], text, attend_sink, Sequence(0, 0, n_cond)
         )
-        suffix = f" ({variant})" if variant else ""
-        yield Check("sink_out" + suffix, sink_out, want["sink_out"], tolerance)
-        yield Check("cond_k" + suffix, sink.k, want["cond_k"], tolerance)
-        if "cond_v" in want:
-            yield Check("cond_v" + suffix, sink.v, want["cond_v"], tolerance)
-
-        empty = jnp.zeros((1, ring, config.heads, config.head_dim))
-        k, v = empty, empty
+        cache = write_sink(init_cache(config, 1, n_cond, ring), KV(sink.k[None], sink.v[None]))
+        kept = KV(cache.k, cache.v)
+        got = {"sink_out": sink_out, "cond_k": sink.k, "cond_v": sink.v}
         index = 0
         while f"out_b{index}" in want:
             frame = index * frames
-            slot = ring_slot(index, tokens, ring, local)
-            table_block = table([rp.video_grid(frame, frames, rows, columns)])
             roll = rp.sink_roll(frame, case["relative_dist"][index])
-            sink_k = rp.apply_rope(sink.k, table([grid.rolled(roll) for grid in cond_grids]))
-
-            def attend(q, kv, k=k, v=v, slot=slot, table_block=table_block, sink_k=sink_k, sink=sink):
-                k = jax.lax.dynamic_update_slice(k, rp.apply_rope(kv.k, table_block), (0, slot.offset, 0, 0))
-                v = jax.lax.dynamic_update_slice(v, kv.v, (0, slot.offset, 0, 0))
-                start = slot.start or 0
-                keys = jnp.concatenate([sink_k, k[:, start : slot.end]], axis=1)
-                values = jnp.concatenate([sink.v, v[:, start : slot.end]], axis=1)
-                return dot_product_attention(rp.apply_rope(q, table_block), keys, values), (k, v)
-
+            attend = functools.partial(
+                ring_attention,
+                0,
+                ring=kept,
+                sink_k=cache.sink_k[0],
+                slot=ring_slot(index, tokens, ring, local),
+                rope=table([rp.video_grid(frame, frames, rows, columns)]),
+                sink_rope=table([grid.rolled(roll) for grid in cond_grids]),
+            )
             e0 = inputs[f"e_b{index}"][:, :, :, 0]
-            out, (k, v) = layer(inputs[f"x_b{index}"], e0, text, attend, Sequence(frames, rows * columns))
-            yield Check(f"out_b{index}{suffix}", out, want[f"out_b{index}"], tolerance)
-            if f"cache_k_after_b{index}" in want:
-                yield Check(f"cache_k_after_b{index}{suffix}", k, want[f"cache_k_after_b{index}"], tolerance)
-                yield Check(f"cache_v_after_b{index}{suffix}", v, want[f"cache_v_after_b{index}"], tolerance)
+            got[f"out_b{index}"], kept = layer(
+                inputs[f"x_b{index}"], e0, text, attend, Sequence(frames, rows * columns)
+            )
+            for part, value in kept._asdict().items():
+                got[f"cache_{part}_after_b{index}"] = got[f"cache_{part}_final"] = value[0, :, n_cond:]
             index += 1
-        yield Check("cache_k_final" + suffix, k, want["cache_k_final"], tolerance)
-        yield Check("cache_v_final" + suffix, v, want["cache_v_final"], tolerance)
+        for name, value in got.items():
+            if name in want:
+                yield Check(name, value, want[name], tolerance, variant)
 
 
 def actor_masks(case: Case) -> Iterator[Check]:

@@ -109,7 +109,7 @@ def _whole_video(
             clip, index = divmod(block.index, case["n_blocks"])
             for step, velocity in enumerate(block.velocities):
                 key = f"flow.c{clip}.b{index}.s{step}"
-                yield Check(f"{key} ({variant})", first(velocity[0]), want[key], tolerance)
+                yield Check(key, first(velocity[0]), want[key], tolerance, variant)
             latents.append(block.latent)
             if block.frames is not None:
                 frames.append(np.asarray(block.frames[0]))
@@ -119,32 +119,34 @@ def _whole_video(
             for name, value in (("ref", reference), ("motion", motion)):
                 key = f"{name}_latents_sink{number}"
                 if key in want:
-                    yield Check(f"{key} ({variant})", first(value), want[key], tolerance)
+                    yield Check(key, first(value), want[key], tolerance, variant)
         yield from _latent_checks(case, latents, want, variant, tolerance)
         yield from _video_checks(case, frames, want, variant, video_tolerance)
 
 
 def _latent_checks(
-    case: Case, latents: list[Any], want: dict[str, np.ndarray], name: str, tolerance: Tolerance
+    case: Case, latents: list[Any], want: dict[str, np.ndarray], variant: str, tolerance: Tolerance
 ) -> Iterator[Check]:
     for clip in range(case["n_clips"]):
-        if f"latents.c{clip}" in want:
+        key = f"latents.c{clip}"
+        if key in want:
             piece = latents[clip * case["n_blocks"] : (clip + 1) * case["n_blocks"]]
             got = first(jnp.concatenate(piece, axis=1)[0])
-            yield Check(f"latents.c{clip} ({name})", got, want[f"latents.c{clip}"], tolerance)
+            yield Check(key, got, want[key], tolerance, variant)
 
 
 def _video_checks(
-    case: Case, frames: list[np.ndarray], want: dict[str, np.ndarray], name: str, tolerance: Tolerance
+    case: Case, frames: list[np.ndarray], want: dict[str, np.ndarray], variant: str, tolerance: Tolerance
 ) -> Iterator[Check]:
     video = np.concatenate(frames)
-    if "video_kept" in want:
-        kept = case["video_frames_kept"]
-        yield Check(f"video ({name})", first(video[kept]), want["video_kept"], tolerance)
-    if "video_frame_mean" in want:
-        mean, std = video.mean(axis=(1, 2)).T, video.std(axis=(1, 2), ddof=1).T
-        yield Check(f"video_frame_mean ({name})", mean, want["video_frame_mean"], tolerance)
-        yield Check(f"video_frame_std ({name})", std, want["video_frame_std"], tolerance)
+    got = {
+        "video_kept": first(video[case["video_frames_kept"]]),
+        "video_frame_mean": video.mean(axis=(1, 2)).T,
+        "video_frame_std": video.std(axis=(1, 2), ddof=1).T,
+    }
+    for key, value in got.items():
+        if key in want:
+            yield Check(key, value, want[key], tolerance, variant)
 
 
 def _ring_checks(
@@ -160,7 +162,7 @@ def _ring_checks(
             got = getattr(ring, part)[layer, :, n_sink:]
         else:
             got = ring.sink_k[layer] if part == "k" else ring.v[layer, :, :n_sink]
-        yield Check(f"{key} ({variant})", got, want[key], tolerance)
+        yield Check(key, got, want[key], tolerance, variant)
 
 
 def single_gpu(case: Case) -> Iterator[Check]:
@@ -208,4 +210,4 @@ def image_size(case: Case) -> Iterator[Check]:
     )
     image = resize_and_crop(case.inputs["image"], *case["image_target"])
     want = dict(case.outputs())[""]["ref_pixel_values"]
-    yield Check("image", np.moveaxis(to_signed(image), -1, 0), want, case.tolerance("image"))
+    yield Check("ref_pixel_values", np.moveaxis(to_signed(image), -1, 0), want, case.tolerance("image"))
