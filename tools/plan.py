@@ -24,15 +24,14 @@ from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.capacity import (
     BLOCK_FRAMES,
-    PAPER_ROWS,
     Plan,
     Setup,
-    against_paper,
     dit_for,
     make_plan,
     needs,
 )
 from lavatar_jax.evaluation.devices import GPUS, Calibration, from_measurement, gpu
+from lavatar_jax.evaluation.paper import PAPER_ROWS, against_paper
 from lavatar_jax.parallel import layout_for
 
 
@@ -54,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sessions", type=int, default=1, help="videos at once")
     add("--link", type=float, help="GB/s between stages, if not the devices' own")
     add("--no-motion", action="store_true", help="no packed motion frames in the sink")
-    add("--calibration", type=Path, help="JSON of tools/bench_step.py (default: the paper's program)")
+    add("--calibration", type=Path, help="JSON of tools/bench_step.py (default: fitted to the paper)")
     add("--needs", type=float, metavar="FPS", help="the least of each kind of device for this speed")
     add("--paper", action="store_true", help="compare the model with the paper's numbers")
     add("--json", type=Path, help="also write the numbers there")
@@ -126,11 +125,12 @@ def describe(plan: Plan, wanted: float) -> str:
         f" x {setup.tensor}" if setup.tensor > 1 else ""
     )
     own = "a decoder of its own" if setup.decoder else "decoder on the last stage"
-    columns = ("weights", "rings", "prompt", "VAE caches", "working")
+    columns = ("weights", "rings", "prompt", "encoders", "VAE", "VAE caches", "working")
     lines = [
         f"{config.layers} layers of {config.width}, {setup.height}x{setup.width}, {setup.dtype}, "
         f"{setup.steps} steps; {count}, {own}",
-        f"calibration: {setup.calibration.name}, {setup.calibration.passes:.0f} passes a layer",
+        f"calibration: {setup.calibration.name}, {setup.calibration.passes:.0f} passes a layer; "
+        f"a decoder in {8 * setup.vae_bytes} bits",
         "",
         f"| device | does | ms a block | {' | '.join(columns)} | of memory, GB |",
         "|---" * (4 + len(columns)) + "|",
@@ -194,7 +194,7 @@ def needs_table(setup: Setup, fps: float) -> tuple[str, list[Plan]]:
         f"The least of each kind of device for {fps:g} frames a second, {setup.config.layers} layers of "
         f"{setup.config.width}, {setup.height}x{setup.width}, {setup.steps} steps:",
         "",
-        "| device | dtype | devices | layout | FPS | first frame, s | GB a stage | W |",
+        "| device | dtype | devices | layout | FPS | first frame, s | GB at most | W |",
         "|---|---|---|---|---|---|---|---|",
     ]
     plans: list[Plan] = []
@@ -208,9 +208,10 @@ def needs_table(setup: Setup, fps: float) -> tuple[str, list[Plan]]:
                 layout = f"{len(plan.setup.ring)} x {plan.setup.tensor}" + " + 1" * (
                     plan.setup.decoder is not None
                 )
+                most = max(load.total_gb for load in plan.loads)
                 lines.append(
                     f"| {name} | {dtype} | {plan.setup.devices} | {layout} | {plan.fps:.1f} "
-                    f"| {plan.ttff_s:.2f} | {plan.loads[0].total_gb:.0f} of {device.memory:.0f} "
+                    f"| {plan.ttff_s:.2f} | {most:.0f} of {device.memory:.0f} "
                     f"| {plan.watts:.0f} |"
                 )
     return "\n".join(lines), plans

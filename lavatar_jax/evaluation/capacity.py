@@ -2,14 +2,16 @@
 
 A stage's time is `arithmetic / ceiling + passes * activations / bandwidth` per denoising step (see
 `devices.Calibration`); a tick is the slowest stage's, plus the hop; a tick makes one block of 12 frames.
-Method: the paper's section 3.2 for the pipeline, its table of speeds for the check at the end.
+Method: the paper's section 3.2 for the pipeline; `paper.py` holds it against the paper's table of speeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.errors import UserError
@@ -26,9 +28,12 @@ from lavatar_jax.evaluation.flops import StreamShape, layer_parameters, other_pa
 
 BLOCK_FRAMES = 12
 VIDEO_FPS = 25
-# Wan 2.1 VAE: FLOP a decoded pixel, of its one attention a latent frame, and streaming cache a latent pixel.
-DECODER_FLOP, DECODER_ATTENTION, DECODER_CACHE = 8.445e6, 4 * 384, 605_312 // 2
-DECODER_WEIGHTS, SPEECH_WEIGHTS = 2 * 126.9e6, 2 * 315.5e6  # bytes, 16 bits
+# Wan 2.1 VAE: FLOP a decoded pixel, of its one attention a latent frame; values of its streaming caches a
+# latent pixel; arrays of a block at full resolution that are alive at once (as XLA compiles 12 frames for a
+# CPU, encoder and decoder alike); parameters.
+DECODER_FLOP, DECODER_ATTENTION = 8.445e6, 4 * 384
+DECODER_CACHE, ENCODER_CACHE, VAE_ARRAYS, VAE_PARAMETERS = 151_328, 89_856, 8.2, 126.9e6
+SPEECH_WEIGHTS, TEXT_WEIGHTS = 4 * 315.5e6, 2 * 5.681e9  # bytes; wav2vec2 in float32, umT5 in 16 bits
 IDLE_POWER = 0.2  # share of a device's power that it draws while it waits
 USABLE_MEMORY = 0.92  # the rest: driver, context, fragments
 
@@ -64,6 +69,7 @@ def spread(layers: int, count: int = 12) -> tuple[int, ...]:
 class Setup:
     """A model on devices. `height`, `width`: pixels. `ring`: the device of each stage; `decoder`: the VAE's
     own, or None where it shares the last stage's. `link`: GB/s between stages, if not the devices' own.
+    `vae_bytes`: of a value in the VAE, which this program computes in float32.
     """
 
     config: DiTConfig
@@ -78,6 +84,7 @@ class Setup:
     link: float | None = None
     ring_blocks: int = 4
     motion: bool = True
+    vae_bytes: Literal[2, 4] = 4
     calibration: Calibration = PAPER
 
     def __post_init__(self) -> None:
@@ -105,7 +112,11 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceLoad:
-    """One device's share: seconds of work a tick, bytes by purpose, and whether they fit."""
+    """One device's share: seconds of work a tick, bytes by purpose, and whether they fit.
+
+    Of a stage's devices, the fullest: what stands before the pipeline is on the first of all, and a decoder
+    without a device of its own on the last.
+    """
 
     role: str
     gpu: Gpu
@@ -123,7 +134,7 @@ class DeviceLoad:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a setup does. `loads` has one entry a stage (its tensor devices are alike), then the decoder's."""
+    """What a setup does. `loads` has one entry a stage, then the decoder's."""
 
     setup: Setup
     loads: tuple[DeviceLoad, ...]
@@ -183,11 +194,11 @@ def make_plan(setup: Setup) -> Plan:
     loads = []
     for index, device in enumerate(setup.ring):
         work = setup.sessions * local * forward_seconds(setup, device)
-        memory = stage_memory(setup)
+        beside = [front_memory(setup)] if index == 0 else []
         if setup.decoder is None and index == len(setup.ring) - 1:
             work += decode_s
-            extra = decoder_memory(setup)
-            memory = {key: memory.get(key, 0.0) + extra.get(key, 0.0) for key in {**memory, **extra}}
+            beside.append(decoder_memory(setup))
+        memory = fullest(stage_memory(setup), beside, setup.tensor)
         steps = f"step {index + 1}" if local == 1 else f"steps {index * local + 1}-{(index + 1) * local}"
         loads.append(DeviceLoad(role=steps, gpu=device, work_s=work, memory=memory))
     if setup.decoder is not None:
@@ -223,17 +234,20 @@ def forward_seconds(setup: Setup, device: Gpu) -> float:
 
 
 def decode_seconds(setup: Setup, device: Gpu) -> float:
-    """A block of 12 frames through the VAE, always in 16 bits."""
-    _, rate = setup.calibration.rates(device, "bf16")
+    """A block of 12 frames through the VAE."""
+    rate = setup.calibration.decoder_rate(device, setup.vae_bytes)
     latent = setup.shape.height * setup.shape.width
     pixels = 64 * latent * BLOCK_FRAMES
     flop = DECODER_FLOP * pixels + DECODER_ATTENTION * 3 * latent**2
-    traffic = setup.calibration.decoder_passes * decoder_bytes(setup.height, setup.width)
+    traffic = setup.calibration.decoder_passes * decoder_bytes(setup.height, setup.width, setup.vae_bytes)
     return flop / rate / 1e12 + traffic / device.bandwidth / 1e9
 
 
 def stage_memory(setup: Setup) -> dict[str, float]:
-    """Bytes on each device of a stage, by purpose. What a session keeps counts once a session."""
+    """Bytes on each device of a stage, by purpose. What a session keeps counts once a session.
+
+    Without logits: attention is the flash kernel's.
+    """
     shape, n = setup.shape, setup.tensor
     local = setup.steps // len(setup.ring)
     c = setup.config
@@ -248,13 +262,44 @@ def stage_memory(setup: Setup) -> dict[str, float]:
 
 
 def decoder_memory(setup: Setup) -> dict[str, float]:
-    """Bytes of the VAE, its streaming caches, activations at full size, and the speech model beside it."""
+    """Bytes of the VAE, its streaming caches, and what decoding a block takes besides."""
     latent = setup.shape.height * setup.shape.width
     return {
-        "weights": DECODER_WEIGHTS + SPEECH_WEIGHTS,
-        "VAE caches": setup.sessions * DECODER_CACHE * latent,
-        "working": 4 * 2 * decoder_bytes(setup.height, setup.width),
+        "VAE": setup.vae_bytes * VAE_PARAMETERS,
+        "VAE caches": setup.sessions * setup.vae_bytes * DECODER_CACHE * latent,
+        "working": _vae_working(setup),
     }
+
+
+def front_memory(setup: Setup) -> dict[str, float]:
+    """Bytes of what a live server has on its first device, before the pipeline: speech model, text encoder,
+    and the VAE, which encodes photos in chunks of 12 frames.
+    """
+    latent = setup.shape.height * setup.shape.width
+    return {
+        "encoders": SPEECH_WEIGHTS + TEXT_WEIGHTS,
+        "VAE": setup.vae_bytes * VAE_PARAMETERS,
+        "working": _vae_working(setup) + setup.vae_bytes * ENCODER_CACHE * latent,
+    }
+
+
+def _vae_working(setup: Setup) -> float:
+    return VAE_ARRAYS * decoder_bytes(setup.height, setup.width, setup.vae_bytes)
+
+
+def fullest(stage: dict[str, float], beside: list[dict[str, float]], devices: int) -> dict[str, float]:
+    """Bytes on that device of a stage which holds most. Things beside it are on different ones, if there are
+    several.
+    """
+    if devices == 1:
+        return functools.reduce(_on_one_device, beside, stage)
+    return max((_on_one_device(stage, one) for one in beside), key=lambda m: sum(m.values()), default=stage)
+
+
+def _on_one_device(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """The VAE is there once, and one program works at a time."""
+    once = {key: max(a.get(key, 0.0), b.get(key, 0.0)) for key in ("VAE", "working")}
+    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in {**a, **b}} | once
 
 
 def needs(setup: Setup, fps: float, gpus: Sequence[Gpu] = tuple(GPUS.values())) -> list[Plan]:
@@ -278,47 +323,3 @@ def _layouts(setup: Setup, device: Gpu) -> Iterator[Setup]:
             for decoder in (None, device):
                 if setup.config.heads % tensor == 0:
                     yield dataclasses.replace(setup, ring=(device,) * stages, decoder=decoder, tensor=tensor)
-
-
-# ---- the paper's table -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperRow:
-    """A published number, and how it came into the model."""
-
-    name: str
-    gpu: str
-    dtype: str
-    steps: int
-    quantity: str  # fps or ttff_s
-    value: float
-    role: str  # whether anything of it was fitted
-
-
-PAPER_ROWS = (
-    PaperRow("5x H800 bf16", "h800", "bf16", 4, "fps", 36.0, "fitted"),
-    PaperRow("5x H800 fp8", "h800", "fp8", 4, "fps", 45.2, "predicted"),
-    PaperRow("5x H20 fp8", "h20", "fp8", 4, "fps", 18.0, "predicted"),
-    PaperRow("5x H800 fp8, first frame", "h800", "fp8", 4, "ttff_s", 1.21, "decoder fitted"),
-    PaperRow("4x H800 fp8, first frame", "h800", "fp8", 3, "ttff_s", 0.95, "decoder fitted"),
-    PaperRow("3x H800 fp8, first frame", "h800", "fp8", 2, "ttff_s", 0.68, "decoder fitted"),
-)
-
-
-def against_paper(height: int = 720, width: int = 400) -> list[tuple[PaperRow, float]]:
-    """(row, what the model says) for the published numbers; 14B, one decoder of its own."""
-    result = []
-    for row in PAPER_ROWS:
-        device = GPUS[row.gpu]
-        setup = Setup(
-            config=DiTConfig(),
-            height=height,
-            width=width,
-            ring=(device,) * row.steps,
-            decoder=device,
-            dtype=row.dtype,
-            steps=row.steps,
-        )
-        result.append((row, getattr(make_plan(setup), row.quantity)))
-    return result

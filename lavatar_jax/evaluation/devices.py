@@ -29,8 +29,8 @@ class Gpu:
     measured: bool = False
 
     def rate(self, dtype: str) -> float:
-        """TFLOP/s of a large matrix product."""
-        return self.ceiling * (self.fp8 if dtype == "fp8" else self.bf16)
+        """TFLOP/s of a large matrix product; of float32 as TF32, which XLA takes for it on these devices."""
+        return self.ceiling * {"fp8": self.fp8, "bf16": self.bf16, "fp32": self.bf16 / 2}[dtype]
 
 
 # H100: 790 TFLOP/s in bf16 were measured (0.80 of nominal, at its power limit); H200 and H800 have the same
@@ -75,9 +75,9 @@ class Calibration:
     A forward takes `arithmetic / ceiling + passes * activations / bandwidth`: `passes` is how often, in each
     layer, as many bytes as the 16-bit activations [T, D] would have to go through memory to explain the time
     that is left. It stands for everything that is not a matrix product at full speed: norms, modulation,
-    rotation, softmax, slower kernels, launches. `decoder_passes` is the same for the VAE, in units of the
-    decoded block's pixels x 96 channels in 16 bits. `ceilings` (TFLOP/s) replace those of the
-    `measured` device, that of linear layers in the measured `dtype` only.
+    rotation, softmax, slower kernels, launches. `decoder_passes` is the same for the VAE, in units of
+    `decoder_bytes`. `ceilings` (TFLOP/s) replace those of the `measured` device, that of linear layers in the
+    measured `dtype` only; `decoder_ceiling`, where it was measured, that of float32.
     """
 
     name: str
@@ -87,17 +87,29 @@ class Calibration:
     measured: str = ""  # full name of a device
     dtype: str = ""
     ceilings: tuple[float, float] = (0.0, 0.0)  # of linear layers, of attention
+    decoder_ceiling: float = 0.0
 
     def rates(self, device: Gpu, dtype: str) -> tuple[float, float]:
         """TFLOP/s of linear layers and of attention, which stays in 16 bits."""
-        known, (linear, attention) = find_gpu(self.measured), self.ceilings
-        if known is None or known.name != device.name:
+        linear, attention = self.ceilings
+        if not self._is_of(device):
             return device.rate(dtype), device.rate("bf16")
         return linear if dtype == self.dtype else device.rate(dtype), attention
 
+    def decoder_rate(self, device: Gpu, value_bytes: int) -> float:
+        """TFLOP/s of the VAE, whose values have so many bytes."""
+        if value_bytes == 2:
+            return self.rates(device, "bf16")[1]
+        return self.decoder_ceiling if self.decoder_ceiling and self._is_of(device) else device.rate("fp32")
+
+    def _is_of(self, device: Gpu) -> bool:
+        known = find_gpu(self.measured)
+        return known is not None and known.name == device.name
+
 
 # One number fitted to one row of the paper each: 36.0 FPS (5x H800, bf16), and the 0.15 s by which its times
-# to the first frame exceed the denoising steps. The rows with fp8 and on H20 are predictions.
+# to the first frame exceed the denoising steps, taken for a decoder in 16 bits. The rows with fp8 and on H20
+# are predictions.
 PAPER = Calibration(name="paper", passes=399.0, decoder_passes=570.0, text_cached=False)
 
 
@@ -109,15 +121,16 @@ def from_measurement(report: Mapping[str, Any], shape: StreamShape) -> Calibrati
     if report.get("kind") != "step":
         raise UserError("a calibration is the JSON that tools/bench_step.py writes")
     ceilings = report["ceiling_tflops"]["linear"], report["ceiling_tflops"]["attention"]
+    of_decoder = report["ceiling_tflops"].get("decoder", 0.0)
     cached = report["text_cached"]
     arithmetic = arithmetic_s(shape, *ceilings, text_cached=cached)
     left = max(0.0, report["ms"] / 1e3 - arithmetic)
     passes = left * report["bandwidth_gbs"] * 1e9 / activation_bytes(shape)
     decoder = PAPER.decoder_passes
-    if measured := report.get("decoder"):
-        left = measured["ms"] / 1e3 - report["decoder_flops"] / ceilings[1] / 1e12
+    if of_decoder:
+        left = report["decoder"]["ms"] / 1e3 - report["decoder_flops"] / of_decoder / 1e12
         height, width = report["pixels"]
-        decoder = max(0.0, left) * report["bandwidth_gbs"] * 1e9 / decoder_bytes(height, width)
+        decoder = max(0.0, left) * report["bandwidth_gbs"] * 1e9 / decoder_bytes(height, width, 4)
     return Calibration(
         name=f"{report['device']} {report['dtype']} {report['date']}",
         passes=passes,
@@ -126,6 +139,7 @@ def from_measurement(report: Mapping[str, Any], shape: StreamShape) -> Calibrati
         measured=report["device"],
         dtype=report["dtype"],
         ceilings=ceilings,
+        decoder_ceiling=of_decoder,
     )
 
 
@@ -134,9 +148,9 @@ def activation_bytes(shape: StreamShape) -> float:
     return 2.0 * shape.queries * shape.config.width * shape.config.layers
 
 
-def decoder_bytes(height: int, width: int, frames: int = 12, channels: int = 96) -> float:
-    """A block at full resolution, 16 bits, once."""
-    return 2.0 * height * width * frames * channels
+def decoder_bytes(height: int, width: int, value_bytes: int) -> float:
+    """A decoded block as 96 channels of values of so many bytes, once."""
+    return 96.0 * 12 * height * width * value_bytes
 
 
 def arithmetic_s(shape: StreamShape, linear: float, attention: float, *, text_cached: bool) -> float:
