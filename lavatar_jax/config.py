@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+# How attention is computed: "cudnn" is the flash kernel of NVIDIA GPUs, for 16-bit models; "auto" takes it
+# where it can serve the call, "xla" elsewhere; "chunked" (any device) takes the queries in groups, for
+# training on clips whose logits would not fit.
+AttentionKind = Literal["xla", "cudnn", "auto", "chunked"]
+
 # Published statistics of the Wan 2.1 latent space (16 channels).
 WAN21_LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -73,9 +78,7 @@ class DiTConfig:
     use_motion: bool = True  # has a frame packer
     use_pose: bool = True  # has a pose condition encoder
     input_skip: bool = False  # the head adds the noisy latent; for models narrower than a patch (`dit.Head`)
-    # How attention is computed: "cudnn" is the flash kernel of NVIDIA GPUs, for 16-bit models; "chunked" (any
-    # device) takes the queries in groups, for training on clips whose logits would not fit.
-    attention: Literal["xla", "cudnn", "chunked"] = "xla"
+    attention: AttentionKind = "xla"
 
     @property
     def head_dim(self) -> int:

@@ -35,7 +35,8 @@ SPEECH = "wav2vec2-large-xlsr-53-english"
 LORA = "liveavatar.safetensors"
 
 DIT_CONFIG = DiTConfig(
-    layers=4, width=32, heads=2, ffn_width=48, text_dim=24, audio_dim=32, audio_layers=4, inject_layers=(0, 2)
+    layers=4, width=32, heads=2, ffn_width=48, text_dim=24, audio_dim=32, audio_layers=4,
+    inject_layers=(0, 2), attention="auto",
 )  # fmt: skip
 VAE_CONFIG = VAEConfig(width=8)
 LORA_RANK = 4

@@ -164,6 +164,7 @@ def dit_config(values: Mapping[str, Any], infos: Infos) -> DiTConfig:
             audio_layers=weights.shape[1] if weights else DiTConfig.audio_layers,
             audio_tokens=sizes["num_audio_token"],
             inject_layers=tuple(sizes["audio_inject_layers"]),
+            attention="auto",  # logits of the published sizes are gigabytes, which XLA keeps in memory
         )
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"config.json: {error}") from None

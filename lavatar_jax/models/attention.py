@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lavatar_jax.config import DiTConfig
+from lavatar_jax.config import AttentionKind, DiTConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.layers import Linear, RMSNorm
 from lavatar_jax.models.rope import Rope, apply_rope
 
-Implementation = Literal["xla", "cudnn", "chunked"]
 CHUNK = 512  # queries of a group of "chunked"
 
 
@@ -37,7 +36,7 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         zero_out: bool = False,
-        implementation: Implementation = "xla",  # of `cross`
+        implementation: AttentionKind = "xla",  # of `cross`
     ) -> None:
         self.q = Linear(width, width, rngs=rngs)
         self.k = Linear(width, width, rngs=rngs)
@@ -73,7 +72,7 @@ def dot_product_attention(
     *,
     length: Int[Array, "*B"] | int | None = None,
     mask: Bool[Array, "T S"] | None = None,
-    implementation: Implementation = "xla",
+    implementation: AttentionKind = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, softmax in float32.
 
@@ -81,11 +80,14 @@ def dot_product_attention(
     `mask` [T, S]: True where attention is allowed; it becomes a materialised bias on GPU, so streaming uses
     `length`.
     `implementation="cudnn"` is the flash kernel of NVIDIA GPUs (bf16 or f16 only). Raises UserError for it on
-    other devices. "chunked" has logits of `CHUNK` queries in memory, and computes them anew for gradients.
+    other devices. "auto" takes it for the calls that it can serve (`flash_serves`), "xla" for the others.
+    "chunked" has logits of `CHUNK` queries in memory, and computes them anew for gradients.
     """
+    if implementation == "auto":
+        implementation = "cudnn" if flash_serves(q, mask) else "xla"
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(
-            'attention "cudnn" needs an NVIDIA GPU; set dit.attention to "xla" in the model\'s config.json'
+            'attention "cudnn" needs an NVIDIA GPU; set dit.attention to "auto" in the model\'s config.json'
         )
     lengths = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
     if q.dtype == jnp.float64:
@@ -100,6 +102,20 @@ def dot_product_attention(
         mask=None if mask is None else mask[None, None],
         implementation=implementation,
     )
+
+
+def flash_serves(q: Float[Array, "B T N H"], mask: Array | None = None, device: Any = None) -> bool:
+    """Whether cuDNN's flash kernel can attend with `q` and `mask` on `device` (None: the default backend's).
+
+    It needs an NVIDIA GPU from Ampere on, 16-bit numbers, and heads of a multiple of 8 channels, at most 128
+    on all of these GPUs. A mask it could only take as a bias of [B, N, T, S], as large as the logits.
+    """
+    device = jax.local_devices()[0] if device is None else device
+    major = str(getattr(device, "compute_capability", "")).split(".")[0]  # "9.0"; AMD's are like "gfx942"
+    ampere = device.platform == "gpu" and major.isdigit() and int(major) >= 8
+    head_dim = q.shape[-1]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    return ampere and fits and mask is None
 
 
 def _exact(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
@@ -209,7 +225,7 @@ def ring_attention(
     rope: Rope,
     sink_rope: Rope,
     *,
-    implementation: Implementation = "xla",
+    implementation: AttentionKind = "xla",
 ) -> tuple[Float[Array, "B T N H"], KV]:
     """A block's attention in one layer of the cache -> (values, `ring` with the block in it).
 

@@ -1,5 +1,8 @@
 """The ring of past blocks: its slots against an explicit window, for as long as one likes."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lavatar_jax.models import attention
 from lavatar_jax.models import rope as rp
-from lavatar_jax.models.attention import KV, dot_product_attention, init_cache, ring_attention, ring_slot
+from lavatar_jax.models.attention import (
+    KV,
+    dot_product_attention,
+    flash_serves,
+    init_cache,
+    ring_attention,
+    ring_slot,
+)
 from tests.tiny import normal, tiny_config
 
 RINGS = st.tuples(st.integers(1, 9), st.integers(1, 5))  # blocks in the ring, tokens in a block
@@ -93,3 +104,55 @@ def test_keys_beyond_the_length_do_not_exist() -> None:
     np.testing.assert_allclose(dot_product_attention(q, k, poisoned, length=4), want, atol=1e-6)
     mask = np.arange(7)[None] < np.full((3, 1), 4)
     np.testing.assert_allclose(dot_product_attention(q, k, poisoned, mask=mask), want, atol=1e-6)
+
+
+HOPPER, TURING = (SimpleNamespace(platform="gpu", compute_capability=number) for number in ("9.0", "7.5"))
+AMD = SimpleNamespace(platform="gpu", compute_capability="gfx942")
+TPU = SimpleNamespace(platform="tpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "masked", "served"),
+    [
+        (HOPPER, "bfloat16", 128, False, True),
+        (HOPPER, "float16", 64, False, True),
+        (SimpleNamespace(platform="gpu", compute_capability="10.0"), "bfloat16", 128, False, True),
+        (HOPPER, "float32", 128, False, False),
+        (HOPPER, "bfloat16", 128, True, False),
+        (HOPPER, "bfloat16", 12, False, False),
+        (HOPPER, "bfloat16", 136, False, False),
+        (TURING, "bfloat16", 128, False, False),
+        (AMD, "bfloat16", 128, False, False),
+        (TPU, "bfloat16", 128, False, False),
+        (None, "bfloat16", 128, False, False),  # the CPU of the tests
+    ],
+)
+def test_the_flash_kernel_is_chosen_where_it_can_serve(device, dtype, head_dim, masked, served) -> None:
+    q = jax.ShapeDtypeStruct((1, 4, 2, head_dim), dtype)
+    assert flash_serves(q, np.ones((4, 4), bool) if masked else None, device) is served
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_auto_computes_with_what_was_chosen(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def attend(q, k, v, *, implementation, **_):
+        asked.append(implementation)
+        return q
+
+    monkeypatch.setattr(attention, "flash_serves", lambda q, mask: found and mask is None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    q = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
+    for mask in (None, np.ones((4, 4), bool)):
+        dot_product_attention(q, q, q, mask=mask, implementation="auto")
+    assert asked == ["cudnn" if found else "xla", "xla"]
+
+
+def test_on_a_cpu_auto_is_the_same_program() -> None:
+    def text(kind: str) -> str:
+        q = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.bfloat16)
+        attend = functools.partial(dot_product_attention, length=3, implementation=kind)
+        return jax.jit(lambda q: attend(q, q, q)).lower(q).as_text()
+
+    assert text("auto") == text("xla")
