@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lavatar_jax.config import DiTConfig
-from lavatar_jax.models.layers import Linear, layer_norm, widen
+from lavatar_jax.models.layers import EXACT, Linear, layer_norm, widen
 
 # The strided convolutions look back 8 feature frames, so 5 copies of the first frame (one latent frame
 # and one more, the fifth aligns the strides) give the numbers of the reference's 73 copies.
@@ -42,7 +42,12 @@ class CausalConv1d(nnx.Module):
         first = jnp.repeat(x_BTC[:, :1], 2, axis=1)
         x = jnp.concatenate([first, x_BTC], axis=1).astype(weight.dtype)
         y = jax.lax.conv_general_dilated(
-            x, weight, (self.stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+            x,
+            weight,
+            (self.stride,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            precision=EXACT,
         )
         return y + widen(self.bias[...])
 
@@ -72,7 +77,7 @@ class CausalAudioEncoder(nnx.Module):
     def __call__(self, features_BLAT: Float[Array, "B L A T"]) -> AudioTokens:
         """-> tokens of ceil(ceil(T / 2) / 2) latent frames, one speaker."""
         weights = jax.nn.silu(widen(self.layer_weights[...]))
-        mixed = jnp.einsum("BLAT,L->BTA", features_BLAT, weights / weights.sum())
+        mixed = jnp.einsum("BLAT,L->BTA", features_BLAT, weights / weights.sum(), precision=EXACT)
         batch, time, _ = mixed.shape
 
         local = self.local_in(mixed).reshape(batch, time, self.tokens, -1)

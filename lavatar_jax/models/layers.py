@@ -16,8 +16,14 @@ def widen(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+# Of products in float32 islands: the default of some accelerators rounds operands to TF32 or bfloat16.
+EXACT = jax.lax.Precision.HIGHEST
+
+
 class Linear(nnx.Module):
     """`x @ weight + bias`, weight [in, out]; computes in the weight's dtype, or at least float32 if asked to.
+
+    `float32` also asks for products that are not rounded to TF32 or bfloat16, whatever the device's default.
 
     In place of the array, `weight` may hold a `quant.QuantizedWeight` or a `lora.AdaptedWeight`; the result
     then has the bias's dtype.
@@ -35,8 +41,10 @@ class Linear(nnx.Module):
         weight, bias = self.weight.get_value(), self.bias[...]
         if not isinstance(weight, jax.Array):
             return (x.astype(bias.dtype) @ weight + bias).astype(bias.dtype)
-        dtype = jnp.promote_types(weight.dtype, jnp.float32) if self.float32 else weight.dtype
-        return x.astype(dtype) @ weight.astype(dtype) + bias.astype(dtype)
+        if not self.float32:
+            return x.astype(weight.dtype) @ weight + bias.astype(weight.dtype)
+        weight, bias = widen(weight), widen(bias)
+        return jnp.matmul(x.astype(weight.dtype), weight, precision=EXACT) + bias
 
 
 class RMSNorm(nnx.Module):
