@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lavatar_jax.checkpoints.plan import FLOATS
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.errors import UserError
 
@@ -85,12 +86,12 @@ def read_lora(
 ) -> dict[str, LoraPair]:
     """All pairs of a file by the module's name in the published model, such as `blocks.0.self_attn.q`.
 
-    `tensors` may be lazy: only `.shape` of its values is looked at here. `base` has the shapes of the model's
-    PyTorch weights, which the pairs must fit; without it only the names are checked.
+    `tensors` may be lazy: only `.shape` and `.dtype` of its values are looked at here. `base` has the shapes
+    of the model's PyTorch weights, which the pairs must fit; without it only names and dtypes are checked.
 
     Raises UserError naming everything that is wrong: keys that are neither LoRA nor the model's (see
     `extra_keys`), modules that the model lacks, half pairs, two tensors in one place, ranks and shapes that
-    do not fit; and if there is no pair at all.
+    do not fit, integers and 8-bit floats, which mean nothing without a scale; and if there is no pair at all.
     """
     parts: dict[str, dict[str, str]] = {}  # module -> side -> key
     whole: dict[str, str] = {}  # the model's key -> the file's
@@ -110,6 +111,10 @@ def read_lora(
         if side in parts.setdefault(module, {}):
             problems.append(f"{parts[module][side]} and {key} are the same matrix")
         parts[module][side] = key
+    matrices = [keys[side] for keys in parts.values() for side in "ab" if side in keys]
+    for key in (*matrices, *whole.values()):
+        if (dtype := tensors[key].dtype) not in (*FLOATS, np.float64):
+            problems.append(f"{key} has dtype {dtype}, which is no float of 16 bits or more")
     pairs: dict[str, LoraPair] = {}
     for module, keys in parts.items():
         problem = _problem(tensors, module, keys, base)

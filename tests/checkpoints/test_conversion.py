@@ -477,6 +477,10 @@ def test_wrong_options_and_adapters(broken: Path, source: Published, capsys, tmp
     assert "no such file" in refused(broken, capsys, "--lora", other)
     save_file({"nothing": np.zeros(3, np.float32)}, other)
     assert "other.safetensors" in refused(broken, capsys, "--lora", other)
+    tensors = load_file(source.lora)
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file(tensors | {key: np.zeros(tensors[key].shape, np.int8)}, other)
+    assert f"{key} has dtype int8" in refused(broken, capsys, "--lora", other)
 
 
 def test_a_full_disk_and_an_existing_result_are_told_before(broken: Path, capsys, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -82,18 +83,17 @@ def test_every_spelling_of_the_recorded_adapter_merges_to_the_recorded_weights(s
 
 
 def test_the_published_adapter_fits_the_published_model() -> None:
-    """By shapes alone: nothing is read."""
+    """By shapes and dtypes alone: nothing is read."""
 
     def shapes(name: str) -> dict[str, tuple[int, ...]]:
         entries = json.loads(shared_path(f"manifests/{name}.json").read_text())
         return {key: tuple(shape) for key, (shape, _) in entries.items()}
 
-    class Shape:
-        def __init__(self, shape: tuple[int, ...]) -> None:
-            self.shape = shape
-
-    lora = shapes("liveavatar_lora")
-    pairs = read_lora({key: Shape(shape) for key, shape in lora.items()}, shapes("wan22_s2v_14b_dit"))
+    lora = {
+        key: SimpleNamespace(shape=shape, dtype=np.dtype(np.float32))
+        for key, shape in shapes("liveavatar_lora").items()
+    }
+    pairs = read_lora(lora, shapes("wan22_s2v_14b_dit"))
     assert len(lora) == 2 * len(pairs) == 896
     assert {pair.rank for pair in pairs.values()} == {128}
     assert {pair.scale() for pair in pairs.values()} == {0.5}
@@ -122,7 +122,7 @@ def test_matrices_are_read_when_they_are_used() -> None:
 
         class Tensor:
             def __init__(self, value: np.ndarray) -> None:
-                self.value, self.shape, self.reads = value, value.shape, 0
+                self.value, self.shape, self.dtype, self.reads = value, value.shape, value.dtype, 0
 
             def __array__(self, dtype=None, copy=None) -> np.ndarray:
                 self.reads += 1
@@ -160,6 +160,19 @@ def test_everything_that_is_wrong_is_named_in_one_line() -> None:
     assert problem_of(many).count("mystery") == 8
     assert "and 92 more" in problem_of(many)
     assert "has no matrix A (down) and B (up)" in problem_of({"blocks.0.ffn.0.alpha": np.float32(1)})
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_numbers_whose_scale_is_elsewhere_are_refused(dtype: type) -> None:
+    tensors = adapter() | {"patch_embedding.bias": np.ones(3, np.float32)}
+    name = np.dtype(dtype).name
+    for key in tensors:
+        text = problem_of(tensors | {key: tensors[key].astype(dtype)})
+        assert f"{key} has dtype {name}, " in text
+        assert text.count(name) == 1
+    for known in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+        assert len(read_lora({key: value.astype(known) for key, value in tensors.items()})) == 1
+    assert len(read_lora(tensors | {"blocks.0.self_attn.q.alpha": np.int64(2)})) == 1
 
 
 def test_pairs_must_fit_the_weights_of_the_model() -> None:
