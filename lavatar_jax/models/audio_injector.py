@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from lavatar_jax.models.attention import Attention
 from lavatar_jax.models.audio_encoder import AudioTokens
-from lavatar_jax.models.layers import Linear, layer_norm
+from lavatar_jax.models.layers import Linear, layer_norm, widen
 
 
 class AudioInjector(nnx.Module):
@@ -31,7 +31,9 @@ class AudioInjector(nnx.Module):
         """
         batch, speakers, frames, _, width = audio.local.shape
         x_norm = layer_norm(x_BTD, eps=1e-5).reshape(batch, 1, frames, -1, width)
-        shift, scale = jnp.split(self.adain(jax.nn.silu(audio.global_)), 2, axis=-1)  # shift comes first
+        # In bfloat16 1 + scale would be off by up to 0.4 %.
+        modulation = widen(self.adain(jax.nn.silu(audio.global_)))
+        shift, scale = jnp.split(modulation, 2, axis=-1)  # shift comes first
         queries = x_norm * (1 + scale[..., None, :]) + shift[..., None, :]
 
         def flat(y: Array) -> Array:

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lavatar_jax.models.attention import Attention
+from lavatar_jax.models.audio_encoder import AudioTokens
+from lavatar_jax.models.audio_injector import AudioInjector
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.dit_forward import train_forward
-from tests.tiny import tiny_config
+from lavatar_jax.models.layers import layer_norm
+from tests.tiny import normal, tiny_config
 
 CONFIG = tiny_config(input_skip=True)
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.* : \((tensor<[^>]+>), (tensor<[^>]+>)\)")
@@ -50,3 +54,17 @@ def test_16_bit_products_are_left_to_it(products) -> None:
     narrow = [line for line, operands in products if all(operand.endswith("xbf16>") for operand in operands)]
     assert len(narrow) > 10
     assert {line for line in narrow if "HIGHEST" in line} == set()
+
+
+def test_injectors_modulate_with_the_scale_that_their_layer_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 + scale has no place for this one in bfloat16, whose numbers above 1 are 2^-7 apart."""
+    queries = []
+    monkeypatch.setattr(Attention, "cross", lambda self, x, context: queries.append(x) or x)
+    injector = AudioInjector(16, 2, rngs=nnx.Rngs(0))
+    shift, scale = np.full(16, 0.5), np.full(16, 0.75 * 2**-7)
+    injector.adain.bias = nnx.Param(jnp.concatenate([shift, scale]))  # its weight is zero
+    injector = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), injector)
+    x = normal(0, 1, 6, 16).astype(jnp.bfloat16)
+    injector(x, AudioTokens(normal(1, 1, 1, 3, 5, 16), normal(2, 1, 1, 3, 16)))
+    wanted = layer_norm(x, eps=1e-5) * (1 + 0.75 * 2**-7) + 0.5
+    np.testing.assert_array_equal(queries[0].reshape(x.shape), wanted.astype(jnp.bfloat16))
