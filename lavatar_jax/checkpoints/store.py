@@ -98,7 +98,8 @@ def load_params(path: Path, make: Callable[[], Model], dtype: Any = jnp.float32)
     if problems:
         more = f", and {len(problems) - 3} more problems" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit {CONFIG}: {'; '.join(problems[:3])}{more}")
-    filled = [jnp.asarray(tensors[name], dtype) for name in leaves]
+    # Converted by numpy: jax would compile a program for each shape.
+    filled = [jax.device_put(tensors[name].astype(dtype)) for name in leaves]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), filled)
 
 
