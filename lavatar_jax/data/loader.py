@@ -11,6 +11,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -54,7 +55,7 @@ class ShardSource:
     their own get them from the words of their captions.
     `skipped_log`: a file that gets a line for every record that cannot be read (`skipped.SkippedLog`).
     `held_out`: so many records, the last ones, are in no bucket, so that no batch has them; as an attribute,
-    their numbers.
+    their numbers. Of real videos, the other records of theirs are left out too: they show the same person.
     Raises UserError where the folder is missing, foreign, unfinished, or without records.
     """
 
@@ -90,11 +91,15 @@ class ShardSource:
         self._place = [(number[row["shard"]], row["offset"]) for row in rows]
         if not 0 <= held_out < len(rows):
             raise UserError(f"{folder} has {len(rows)} records: {held_out} cannot be held out of training")
-        training = len(rows) - held_out
-        self.held_out = range(training, len(rows))
-        self.buckets = _buckets(rows[:training])
+        self.held_out = range(len(rows) - held_out, len(rows))
         self._shapes = [_batched(row["shapes"]) for row in rows]
-        self._bucket = np.zeros(training, np.int64)
+        self.buckets = _buckets(self._shapes, _training_records(rows, held_out))
+        if not self.buckets:
+            raise UserError(
+                f"{folder}: all of its {len(rows)} records are of the videos of the last {held_out}, which are held "
+                "out of training (--samples.records): hold out fewer or none, or prepare more videos"
+            )
+        self._bucket = np.zeros(len(rows), np.int64)  # of held-out records it is not asked
         for i, bucket in enumerate(self.buckets):
             self._bucket[bucket.records] = i
         self.skipped_log = SkippedLog(skipped_log)
@@ -200,11 +205,18 @@ class ShardSource:
         return np.pad(states, ((0, length - len(states)), (0, 0)))
 
 
-def _buckets(rows: list[dict]) -> list[Bucket]:
+def _training_records(rows: Sequence[Mapping[str, Any]], held_out: int) -> list[int]:
+    """The numbers of all records but the last `held_out` and those of the same videos."""
+    training = len(rows) - held_out
+    videos = {row.get("video") for row in rows[training:]} - {None}  # rendered records have none
+    return [number for number in range(training) if rows[number].get("video") not in videos]
+
+
+def _buckets(sizes: Sequence[dict[str, tuple[int, ...]]], numbers: Sequence[int]) -> list[Bucket]:
     """Records by their shapes, in order of first appearance."""
     groups: dict[tuple, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(tuple(sorted(_batched(row["shapes"]).items())), []).append(number)
+    for number in numbers:
+        groups.setdefault(tuple(sorted(sizes[number].items())), []).append(number)
     return [Bucket(shapes=dict(key), records=np.array(records)) for key, records in groups.items()]
 
 

@@ -30,7 +30,8 @@ DRAWS = 8  # of noise and its levels, for each record
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """`records`: so many, the last of the data, are not trained on but shown in the report; 0: none.
+    """`records`: so many, the last of the data, are not trained on but shown in the report; 0: none. Nor is
+    the rest of the videos that they are of.
     `every`: seconds of training between two looks, at the checkpoint that follows."""
 
     records: int = 0

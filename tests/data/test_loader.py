@@ -28,10 +28,11 @@ def make_record(number: int, height: int = 4, frames: int = 3) -> dict[str, np.n
     }
 
 
-def write(folder: Path, records: int = RECORDS, tall: int = 0) -> Path:
+def write(folder: Path, records: int = RECORDS, tall: int = 0, videos: tuple[str, ...] = ()) -> Path:
     with ShardWriter(folder, shard_records=SHARD) as writer:
         for number in range(records):
-            writer.write(make_record(number, height=6 if number < tall else 4))
+            facts = {"video": videos[number]} if videos else {}
+            writer.write(make_record(number, height=6 if number < tall else 4), **facts)
         writer.finish(mean=np.full(CHANNELS, 3.0), std=np.full(CHANNELS, 2.0), encoder={"name": "test"})
     return folder
 
@@ -84,6 +85,18 @@ def test_every_record_comes_once_an_epoch_in_another_order(prepared: Path):
     epochs = [[int(next(batches)["record"][0]) for _ in range(RECORDS)] for _ in range(2)]
     assert all(sorted(epoch) == list(range(RECORDS)) for epoch in epochs)
     assert epochs[0] != epochs[1]
+
+
+def test_no_batch_shows_a_person_of_the_held_out_records(tmp_path: Path):
+    folder = write(tmp_path / "videos", records=7, videos=("a", "b", "c", "b", "a", "b", "c"))
+    source = open_source(folder, held_out=2)
+    batches = record_batches(source, batch=1, seed=0)
+    assert {int(next(batches)["record"][0]) for _ in range(4)} == {0, 4}
+    assert list(source.held_out) == [5, 6]
+    with pytest.raises(UserError, match="hold out fewer"):
+        open_source(folder, held_out=3)
+    rendered = open_source(write(tmp_path / "rendered", records=5), held_out=2)
+    assert [list(bucket.records) for bucket in rendered.buckets] == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(("workers", "later"), [(0, 0), (2, 0), (0, 2)])
