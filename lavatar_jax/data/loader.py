@@ -96,7 +96,7 @@ class ShardSource:
         self.buckets = _buckets(self._shapes, _training_records(rows, held_out))
         if not self.buckets:
             raise UserError(
-                f"{folder}: all of its {len(rows)} records are of the videos of the last {held_out}, which are held "
+                f"{folder}: all {len(rows)} records are of the videos of the last {held_out}, which are held "
                 "out of training (--samples.records): hold out fewer or none, or prepare more videos"
             )
         self._bucket = np.zeros(len(rows), np.int64)  # of held-out records it is not asked
