@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from rich.progress import track
 
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
 from lavatar_jax.data.faces import random_training_frames
+from lavatar_jax.data.made_with import check_rendering, write_note
+from lavatar_jax.data.shards import RENDERED
 
 WEIGHT_STEP = 1 / 16  # loss weights are stored as bytes in this unit, every 4th pixel
 WEIGHT_STRIDE = 4
@@ -44,9 +47,13 @@ class ClipsConfig:
 def render_clips(config: ClipsConfig, chunk: int = 20) -> Path:
     """Render what is missing of `config.clips` clips: `video.npy` uint8 [N, T, H, W, 3] and `weight.npy`.
 
-    A chunk of clips depends on its number and the seed only, so an interrupted call goes on where it was.
+    A chunk of clips depends on its number and what `rendered.json` notes only, so an interrupted call goes on
+    where it was. Clips without that note, of an earlier version, are rendered again. Raises UserError where
+    the folder's clips are others.
     """
     folder = Path(config.folder)
+    rendering = {name: getattr(config, name) for name in ("frames", "size", "seed")}
+    check_rendering(folder, rendering)
     side = config.size // WEIGHT_STRIDE
     kept = ClipArrays(
         folder,
@@ -56,6 +63,11 @@ def render_clips(config: ClipsConfig, chunk: int = 20) -> Path:
             "weight": ((config.frames, side, side), np.uint8),
         },
     )
+    if not (folder / RENDERED).is_file():
+        if kept.done:
+            print(f"note: {folder} has clips of an unknown seed: they are rendered again", file=sys.stderr)
+        kept.forget()
+        write_note(folder / RENDERED, rendering)
 
     @jax.jit
     def render(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,6 +107,11 @@ class ClipArrays:
             self._file.unlink(missing_ok=True)
             self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=whole)
         self.done = int(self._file.read_text()) if self._file.exists() else 0
+
+    def forget(self) -> None:
+        """No row is filled."""
+        self._file.unlink(missing_ok=True)
+        self.done = 0
 
     def finish(self, rows: int) -> None:
         """Everything before row `rows` is filled."""

@@ -20,6 +20,7 @@ from rich.progress import track
 from lavatar_jax.checkpoints.runs import newest_step
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import VAEConfig
+from lavatar_jax.data import made_with
 from lavatar_jax.data.batches import Batches
 from lavatar_jax.data.faces import Identity, Motion, attention_map
 from lavatar_jax.data.loader import ShardSource, record_batches
@@ -32,7 +33,6 @@ from lavatar_jax.data.shards import (
     ShardWriter,
     read_dataset,
     stored_records,
-    write_text,
 )
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
@@ -170,7 +170,7 @@ def prepare_latents(config: LatentsConfig) -> Path:
         check_rendering(config)
         if read_dataset(folder).records >= config.clips:
             return folder
-    made_with = _rendering(config)  # before the VAE is read, which may be training
+    rendering = _rendering(config)  # before the VAE is read, which may be training
     try:
         vae_config, vae = load_vae(config.vae)
     except UserError as error:
@@ -181,7 +181,7 @@ def prepare_latents(config: LatentsConfig) -> Path:
             check_rendering(config)
             _check_same_kind(writer, config, vae_config)
         else:
-            write_text(folder / RENDERED, json.dumps(made_with, indent=1) + "\n")
+            made_with.write_note(folder / RENDERED, rendering)
         for index in track(range(len(writer), config.clips), description="encoding clips"):
             clip = sample_clip(index, config.video_frames, config.size, "train", speech=Path(config.speech))
             writer.write(
@@ -213,22 +213,7 @@ def check_rendering(config: LatentsConfig) -> None:
 
     What a folder of an earlier version does not tell, and the step of a VAE that is gone, is not compared.
     """
-    path = Path(config.folder) / RENDERED
-    if not path.is_file():
-        return
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged; prepare the data again in another --data.folder") from None
-    for name, wanted in _rendering(config).items():
-        if wanted is None or found.get(name) in (None, wanted):
-            continue
-        what = f"--data.{name.replace('_', '-')} {found[name]}, not {wanted}"
-        if name == "vae_step":
-            what = f"step {found[name]} of {config.vae}, which is at step {wanted} now"
-        raise UserError(
-            f"the clips in {config.folder} were made with {what}: choose another --data.folder, or remove it"
-        )
+    made_with.check_rendering(Path(config.folder), _rendering(config))
 
 
 def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig) -> None:

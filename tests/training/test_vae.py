@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -11,8 +12,10 @@ from flax import nnx
 from PIL import Image
 
 from lavatar_jax.config import VAEConfig
-from lavatar_jax.data.clips import ClipsConfig, ClipSource, clip_batches, random_crop
+from lavatar_jax.data import clips
+from lavatar_jax.data.clips import ClipsConfig, ClipSource, clip_batches, random_crop, render_clips
 from lavatar_jax.data.faces import random_training_frames
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import make_vae
 from lavatar_jax.parallel import MeshConfig, put_batch, train_mesh
 from lavatar_jax.training.loop import LoopConfig
@@ -52,7 +55,38 @@ def data(tmp_path: Path) -> ClipsConfig:
     np.save(folder / "video.npy", video)
     np.save(folder / "weight.npy", weight)
     (folder / "done.txt").write_text("6")
+    (folder / "rendered.json").write_text(json.dumps({"frames": 5, "size": 32, "seed": 0}))
     return ClipsConfig(folder=str(folder), clips=6, frames=5, size=32, crop_size=16, crop_frames=3)
+
+
+def test_a_folder_holds_clips_of_one_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def paint(key: jax.Array, count: int, frames: int, size: int) -> tuple[jax.Array, jax.Array]:
+        weight = jnp.ones((count, frames, size, size, 1))
+        return jax.random.uniform(key, (count, frames, size, size, 3)), weight
+
+    monkeypatch.setattr(clips, "random_training_frames", paint)
+    config = ClipsConfig(folder=str(tmp_path / "clips"), clips=3, frames=5, size=8)
+    video = render_clips(config) / "video.npy"
+    first = video.read_bytes()
+    for change, message in (
+        ({"seed": 1}, r"made with --data\.seed 0, not 1: choose another --data\.folder"),
+        ({"frames": 9}, r"--data\.frames 5, not 9"),
+        ({"size": 16, "clips": 9}, r"--data\.size 8, not 16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            render_clips(dataclasses.replace(config, **change))
+    render_clips(dataclasses.replace(config, crop_frames=1))
+    assert video.read_bytes() == first
+    assert not capsys.readouterr().err
+
+    (tmp_path / "clips" / "rendered.json").unlink()  # as folders of earlier versions
+    render_clips(dataclasses.replace(config, seed=1))
+    assert video.read_bytes() != first
+    assert "unknown seed" in capsys.readouterr().err
+    render_clips(dataclasses.replace(config, seed=1))
+    assert not capsys.readouterr().err
 
 
 def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
@@ -77,8 +111,8 @@ def test_two_processes_and_a_worker_share_the_batches_of_one(data: ClipsConfig):
 def test_an_earlier_checkpoint_goes_on_in_the_order_that_it_had(data: ClipsConfig):
     def kind(size: int, frames: int, batch: int, seed: int) -> grain.IterDataset:
         crop = functools.partial(random_crop, size=size, frames=frames)
-        clips = grain.MapDataset.source(ClipSource(data.folder)).seed(seed).shuffle().repeat(1000)
-        return clips.random_map(crop).to_iter_dataset().batch(batch)
+        shuffled = grain.MapDataset.source(ClipSource(data.folder)).seed(seed).shuffle().repeat(1000)
+        return shuffled.random_map(crop).to_iter_dataset().batch(batch)
 
     earlier = iter(grain.IterDataset.mix([kind(16, 3, 4, 0), kind(32, 5, 2, 1)], weights=[0.8, 0.2]))
     for _ in range(7):
