@@ -2,7 +2,8 @@
 
 Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NAME.mp4 is its caption. Shots
 with exactly one face and audible speech become clips of 25 frames a second; `report.html` in the output says
-what was dropped and why. The same command goes on after an interruption, and adds new videos.
+what was dropped and why. The same command goes on after an interruption, adds new videos, and takes captions
+that came later (not changed ones: they, other filters and other faces need another --out).
 """
 
 from __future__ import annotations
@@ -33,10 +34,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lavatar_jax.cli import keep_compilations, parse_options, run
 from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
+from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter, write_text
 from lavatar_jax.errors import UserError
-from tools.real_clips import CRASHED, VIDEOS, Interrupted, Job, Outcome, cut_video, find_sources, start_worker
+from tools.real_clips import (
+    CRASHED,
+    NO_CAPTION,
+    VIDEOS,
+    Interrupted,
+    Job,
+    Outcome,
+    Source,
+    cut_video,
+    find_sources,
+    read_caption,
+    start_worker,
+)
 
 if TYPE_CHECKING:
     from tools.real_encode import ClipEncoder
@@ -88,11 +102,18 @@ def main(args: list[str]) -> None:
         motion_frames=options.motion_frames,
         filters=options.filters,
     )
+    settings = {
+        **encoder.about,
+        "faces": options.faces,
+        "filters": dataclasses.asdict(options.filters),
+    }
     with ShardWriter(options.out, shard_records=1 << 30) as writer:
-        _check_settings(options.out / PREPARED, encoder.about)
+        _settle(options.out, settings, begun=bool(writer.rows))
         work = options.out / WORK
         shutil.rmtree(work, ignore_errors=True)
         book = Book(writer, options)
+        if late := book.forget_uncaptioned(sources):
+            print(f"{late} videos have captions now: their records are made again")
         jobs = [
             Job(source, work, encoder.sizes, options.faces, options.filters)
             for source in sources
@@ -112,21 +133,34 @@ def main(args: list[str]) -> None:
         if not writer.rows:
             raise UserError(f"none of {len(sources)} videos gave a clip; {options.out / REPORT} says why")
         vae = encoder.config.vae
-        writer.finish(mean=np.array(vae.latent_mean), std=np.array(vae.latent_std), encoder=encoder.about)
+        writer.finish(mean=np.array(vae.latent_mean), std=np.array(vae.latent_std), encoder=settings)
     dropped = sum(1 for video in book.videos if not video["records"])
     print(
         f"{options.out}: {len(writer)} records of {len(book.videos)} videos, {dropped} of no use ({REPORT})"
     )
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Records of one folder are of one kind. Raises UserError."""
-    text = json.dumps(settings, indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path.parent} was made with another model or another length; choose another --out")
-    if (path.parent / RENDERED).is_file():
-        raise UserError(f"{path.parent} holds rendered clips; choose another --out for real ones")
-    write_text(path, text)
+def _settle(out: Path, settings: dict[str, Any], *, begun: bool) -> None:
+    """Records of one folder are of one kind; while there are none, all videos are looked at again.
+
+    What the folder of an earlier version does not tell is not compared. Raises UserError.
+    """
+    if (out / RENDERED).is_file():
+        raise UserError(f"{out} holds rendered clips; choose another --out for real ones")
+    if (difference := first_difference(out / PREPARED, settings)) is not None:
+        if begun:
+            raise UserError(f"{out} was made with {_told(*difference)}; choose another --out, or remove it")
+        (out / JOURNAL).unlink(missing_ok=True)
+    write_note(out / PREPARED, settings)
+
+
+def _told(name: str, found: Any, wanted: Any) -> str:
+    """A setting that differs, in the words of the options."""
+    if name == "clip_frames":
+        return f"another length: clips of {found} frames, not {wanted} (--blocks)"
+    if name.startswith(("motion", "faces", "filters")):
+        return f"--{name.replace('_', '-')} {found}, not {wanted}"
+    return f"another model: {name} {found}, not {wanted}"
 
 
 class Book:
@@ -144,6 +178,25 @@ class Book:
         self.known = {video["name"] for video in self.videos}
         # Of a video that a kill cut short, some records may be in a complete shard.
         self._earlier = collections.Counter(row.get("video") for row in writer.rows)
+
+    def forget_uncaptioned(self, sources: Sequence[Source]) -> int:
+        """Forget the videos with records whose captions came later; returns how many."""
+        noted = {video["name"]: video["notes"] for video in self.videos if video["records"]}
+        late = {
+            source.name
+            for source in sources
+            if source.captioned
+            and not NO_CAPTION.isdisjoint(noted.get(source.name, ()))
+            and read_caption(source)[1] is None
+        }
+        if late:
+            # The records first: a video that the journal has still is found here again.
+            self._writer.forget(lambda row: row.get("video") in late)
+            self.videos = [video for video in self.videos if video["name"] not in late]
+            self.known -= late
+            self._earlier -= collections.Counter({name: self._earlier[name] for name in late})
+            self.save()
+        return len(late)
 
     def add(self, outcome: Outcome, encoder: ClipEncoder) -> None:
         """Encode a video's pieces, write their records, remove the pieces."""

@@ -41,6 +41,7 @@ from lavatar_jax.inference.video import FORMATS
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".ts")
 UNREADABLE, CRASHED, NO_SOUND = "not a video, or damaged", "crashed the decoder", "no sound"
 SOUND_ENDS = "the sound ends before the pictures"
+NO_CAPTION = frozenset(("no caption", "caption is not UTF-8"))  # notes: others may come later
 DEFAULT_CAPTION = "a person talking"
 LOOK_SECONDS = 0.4  # between two looks for faces
 
@@ -52,6 +53,7 @@ class Source:
     name: str
     path: Path
     member: str | None = None
+    captioned: bool = False  # a .txt is beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +122,19 @@ def find_sources(folder: Path) -> tuple[list[Source], list[Outcome]]:
     for path in sorted(folder.rglob("*")):
         name = _readable(path.relative_to(folder).as_posix())
         if path.suffix.lower() in VIDEOS and path.is_file():
-            sources.append(Source(name, path))
+            sources.append(Source(name, path, captioned=path.with_suffix(".txt").is_file()))
         elif path.suffix.lower() == ".tar" and path.is_file():
             try:
                 with tarfile.open(path) as tar:
-                    names = [member.name for member in tar if member.isfile()]
+                    names = dict.fromkeys(member.name for member in tar if member.isfile())
             except (tarfile.TarError, OSError, EOFError):
                 broken.append(Outcome(name, dropped=[("whole file", "not a tar, or damaged")]))
                 continue
             videos = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
-            sources += [Source(f"{name}/{_readable(member)}", path, member) for member in videos]
+            sources += [
+                Source(f"{name}/{_readable(member)}", path, member, captioned=_caption_name(member) in names)
+                for member in videos
+            ]
     return sources, broken
 
 
@@ -144,8 +149,9 @@ def cut_video(job: Job) -> Outcome:
     folder = job.work / f"{zlib.crc32(job.source.name.encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        path, caption = _fetch(job.source, folder)
-        outcome.caption = _read_caption(caption, outcome)
+        outcome.caption, note = read_caption(job.source)
+        outcome.notes += [] if note is None else [note]
+        path = _fetch(job.source, folder)
         _cut(path, job, folder, outcome)
     except Interrupted:
         raise
@@ -159,34 +165,37 @@ def cut_video(job: Job) -> Outcome:
     return outcome
 
 
-def _fetch(source: Source, folder: Path) -> tuple[Path, bytes | None]:
-    """The video as a file, and the bytes of the caption beside it."""
+def _fetch(source: Source, folder: Path) -> Path:
+    """The video as a file."""
     if source.member is None:
-        text = source.path.with_suffix(".txt")
-        return source.path, text.read_bytes() if text.is_file() else None
-    video = PurePosixPath(source.member)
-    path, caption = folder / f"video{video.suffix}", None
-    with tarfile.open(source.path) as tar:
-        for member in tar:
-            if not member.isfile() or (stream := tar.extractfile(member)) is None:
-                continue
-            if member.name == source.member:
-                with open(path, "wb") as file:
-                    shutil.copyfileobj(stream, file)
-            elif member.name == str(video.with_suffix(".txt")):
-                caption = stream.read()
-    return path, caption
+        return source.path
+    path = folder / f"video{PurePosixPath(source.member).suffix}"
+    with tarfile.open(source.path) as tar, open(path, "wb") as file:
+        stream = tar.extractfile(source.member)
+        assert stream is not None  # a file: `find_sources`
+        shutil.copyfileobj(stream, file)
+    return path
 
 
-def _read_caption(data: bytes | None, outcome: Outcome) -> str:
-    if data is None:
-        outcome.notes.append("no caption")
-        return DEFAULT_CAPTION
+def _caption_name(member: str) -> str:
+    return str(PurePosixPath(member).with_suffix(".txt"))
+
+
+def read_caption(source: Source) -> tuple[str, str | None]:
+    """A video's caption, and of `NO_CAPTION` what is wrong with it."""
+    if not source.captioned:
+        return DEFAULT_CAPTION, "no caption"
+    if source.member is None:
+        data = source.path.with_suffix(".txt").read_bytes()
+    else:
+        with tarfile.open(source.path) as tar:
+            stream = tar.extractfile(_caption_name(source.member))
+            assert stream is not None  # a file: `find_sources`
+            data = stream.read()
     try:
-        return " ".join(data.decode("utf-8-sig").split()) or DEFAULT_CAPTION
+        return " ".join(data.decode("utf-8-sig").split()) or DEFAULT_CAPTION, None
     except UnicodeDecodeError:
-        outcome.notes.append("caption is not UTF-8")
-        return DEFAULT_CAPTION
+        return DEFAULT_CAPTION, "caption is not UTF-8"
 
 
 def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:

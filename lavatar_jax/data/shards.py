@@ -15,7 +15,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -187,6 +187,17 @@ class ShardWriter:
         self.ids.add(identifier)
         if len(self._open_rows) >= self._limit:
             self.flush()
+
+    def forget(self, what: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the records of complete shards whose lines of the manifest are `what`; ids are free again.
+
+        Their bytes stay in the shards, where nothing finds them.
+        """
+        with _write_errors(self.folder):
+            (self.folder / DATASET).unlink(missing_ok=True)  # unfinished again
+        self.ids -= {row["id"] for row in self.rows if what(row)}
+        self.rows = [row for row in self.rows if not what(row)]
+        write_text(self.folder / MANIFEST, "".join(map(_line, self.rows)))
 
     def flush(self) -> None:
         """Complete the open shard."""

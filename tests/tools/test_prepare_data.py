@@ -23,7 +23,7 @@ from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.faces import draw_identity, render
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.motion import Manner, talking_motion
-from lavatar_jax.data.shards import RENDERED, read_manifest
+from lavatar_jax.data.shards import RENDERED, read_dataset, read_manifest
 from lavatar_jax.errors import UserError
 from tools import prepare_data, real_encode
 from tools.real_clips import Job, Source, find_sources
@@ -244,6 +244,73 @@ def test_workers_give_the_same_records_and_a_killed_run_goes_on(
     assert ids == [json.loads(line)["id"] for line in expected.splitlines()]
 
 
+def still(path: Path, frames: int = 70) -> Path:
+    """A picture that does not move, with speech."""
+    picture = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8)
+    return film(path, picture.repeat(frames, axis=0), speech(frames / 25))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_records_of_a_folder_passed_the_same_filters(
+    cheap_encoder: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    still(tmp_path / "in" / "a.mp4")
+    command = (tmp_path / "in", "--out", tmp_path / "out", *OPTIONS)
+    assert prepare(*command, "--faces", "any", "--filters.min-level-db", "0") == 2
+    assert "none of 1 videos gave a clip" in capsys.readouterr().err
+    assert prepare(*command, "--faces", "any") == 0  # nothing was kept: all is looked at again
+    before = contents(tmp_path / "out")
+    for other, difference in (
+        (("--faces", "any", "--filters.min-scale", "0.4"), "--filters.min-scale 0.6, not 0.4; choose"),
+        (("--faces", "lavatar_jax.data.face_boxes:whole_picture"), "--faces any, not lavatar_jax"),
+        (("--faces", "any", "--motion-frames", "9"), "--motion-frames 5, not 9"),
+    ):
+        capsys.readouterr()
+        assert prepare(*command, *other) == 2
+        assert difference in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert read_dataset(tmp_path / "out").encoder == settings
+    for name in ("faces", "filters"):  # as folders of earlier versions
+        settings.pop(name)
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    assert prepare(*command, "--faces", "any") == 0
+
+
+def test_captions_that_come_later_are_taken(cheap_encoder: None, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    video = still(tmp_path / "in" / "a.mp4")
+    for name in ("b", "c"):
+        (tmp_path / "in" / f"{name}.mp4").symlink_to(video)
+    (tmp_path / "in" / "b.txt").write_bytes("größer".encode("latin-1"))
+    (tmp_path / "in" / "c.txt").write_text("smiling")
+    command = (tmp_path / "in", "--out", tmp_path / "out", "--faces", "any", *OPTIONS)
+
+    def captions() -> dict[str, str]:
+        source = ShardSource(tmp_path / "out", text_len=16, text_dim=64)
+        return {source.ids[i]: str(source.record(i)["caption"]) for i in range(len(source))}
+
+    assert prepare(*command) == 0
+    first = captions()
+    assert set(first.values()) == {"a person talking", "smiling"}
+    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
+    assert prepare(*command) == 0  # one is still not UTF-8
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.txt").write_text(f"nodding {name}")
+    assert prepare(*command) == 0
+    wanted = {"a": "nodding a", "b": "nodding b", "c": "smiling"}
+    assert captions() == {name: wanted[name[0]] for name in first}
+    assert sorted(told(tmp_path / "out")) == ["a.mp4", "b.mp4", "c.mp4"]
+    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
+    assert prepare(*command) == 0
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+
+
 def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp_path: Path):
     frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(150, axis=0)
     (tmp_path / "in").mkdir()
@@ -331,7 +398,7 @@ def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Pat
 
 def test_sources_are_sorted_and_named_by_their_place(videos: Path):
     sources, broken = find_sources(videos)
-    assert Source("web.tar/000.mp4", videos / "web.tar", "000.mp4") in sources
+    assert Source("web.tar/000.mp4", videos / "web.tar", "000.mp4", captioned=True) in sources
     assert [outcome.name for outcome in broken] == ["broken.tar"]
     assert len({source.name for source in sources}) == len(sources)
 
