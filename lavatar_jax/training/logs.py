@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -124,14 +125,15 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     count. A line that was cut off is left out."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    kept, repeated = [], math.inf  # the first step that a later line repeats
+    for line in reversed(lines):
+        if _step(line) < repeated:
+            kept.append(line)
         if "step" in line:
-            lines = [old for old in lines if _step(old) < line["step"]]
-        lines.append(line)
-    yield from lines
+            repeated = min(repeated, line["step"])
+    yield from reversed(kept)
 
 
 def _step(line: Mapping[str, Any]) -> int:

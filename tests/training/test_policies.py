@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,11 @@ def test_logs_of_a_repeated_step_are_read_once(tmp_path: Path):
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo'
     (tmp_path / "log.jsonl").write_text(text)
     assert list(read_log(tmp_path / "log.jsonl")) == [lines[0], lines[3]]
+
+
+def test_a_long_log_is_read_once_through(tmp_path: Path):
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(20_000)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, *lines[10_000:]]))
+    start = time.process_time()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(20_000))
+    assert time.process_time() - start < 5  # a look back for each line would take a minute
