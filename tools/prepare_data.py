@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +35,7 @@ from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.preparation_report import render_report
+from lavatar_jax.data.records import file_name
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter, write_text
 from lavatar_jax.errors import UserError
 from tools.real_clips import (
@@ -266,8 +266,7 @@ class Book:
         width = round(strip.width * SHEET_HEIGHT / strip.height)
         data = io.BytesIO()
         strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(data, format="JPEG", quality=80)
-        short = f"{name.replace('/', '_')[-60:]}-{zlib.crc32(name.encode()):08x}.jpg"
-        (folder / short).write_bytes(data.getvalue())
+        (folder / f"{file_name(name)}.jpg").write_bytes(data.getvalue())
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ and, where known:
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import msgpack
@@ -66,6 +67,12 @@ def decode_record(data: bytes) -> Record:
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
+
+
+def file_name(identifier: str) -> str:
+    """A record's id as a file's name: of real videos it holds a path, and may be longer than names are."""
+    short = identifier.replace("/", "_")[-50:]
+    return short if short == identifier else f"{short}-{zlib.crc32(identifier.encode()):08x}"
 
 
 def shapes(record: Mapping[str, np.ndarray | str]) -> dict[str, list[int]]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.records import file_name
 from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
@@ -80,7 +81,9 @@ def make_sampler(
                 continue
             made = stream_record(model, row, sampling)
             pair = [frames(row, latent) for latent in (row["latent"][: len(made)], made)]
-            save_moving_picture(np.concatenate(pair, axis=2), folder / f"{source.ids[number]}.webp")
+            save_moving_picture(
+                np.concatenate(pair, axis=2), folder / f"{file_name(source.ids[number])}.webp"
+            )
 
     return sample
 
