@@ -27,7 +27,7 @@ from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
 from lavatar_jax.data.clips import WEIGHT_STEP, WEIGHT_STRIDE, ClipArrays, ClipSource, unpack
 from lavatar_jax.data.faces import attention_map
-from lavatar_jax.data.shards import write_text
+from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.diffusion import TIMESTEPS, add_noise, v_to_x0
 from lavatar_jax.errors import UserError
@@ -122,7 +122,8 @@ def prepare_predictions(config: DecoderRun) -> None:
         raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
         raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
-    _check_same_network(config)
+    sigma = float(schedule(config.sampling).sigmas[-2])
+    _check_same_predictions(config, sigma)
     size, past = config.data.size, config.data.motion_latents
     frames, height, width = source.buckets[0].latent_size
     small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
@@ -137,7 +138,7 @@ def prepare_predictions(config: DecoderRun) -> None:
     )
     if kept.done >= given.clips:
         return
-    dit, sigma = load_dit(config.dit), float(schedule(config.sampling).sigmas[-2])
+    dit = load_dit(config.dit)
     predict = jax.jit(functools.partial(predict_clips, sigma=sigma))
     look = jax.jit(lambda identity, motion: attention_map(identity, motion, size))
     for start in track(range(kept.done, given.clips, CHUNK), description="predicting clips"):
@@ -151,7 +152,8 @@ def prepare_predictions(config: DecoderRun) -> None:
         latent = np.concatenate([front, pair], axis=2) * source.std + source.mean
         kept.arrays["latent"][start:stop] = latent[: stop - start]
         for index in range(start, stop):
-            number = int(source.ids[index].removeprefix("train-"))
+            # Where a record could not be read, another one stands in: its frames belong to these latents.
+            number = int(source.ids[batch["record"][index - start]].removeprefix("train-"))
             clip = sample_clip(
                 number, config.data.video_frames, size, "train", speech=Path(config.data.speech)
             )
@@ -161,26 +163,34 @@ def prepare_predictions(config: DecoderRun) -> None:
         kept.finish(stop)
 
 
-def _check_same_network(config: DecoderRun) -> None:
-    """A folder keeps the predictions of one network, as it was at one step of its training."""
+def _check_same_predictions(config: DecoderRun, sigma: float) -> None:
+    """A folder keeps predictions of one network, as it was at one step of its training, of the same noise."""
     folder = Path(config.predictions.folder)
     note, step = folder / "predicted_by.json", newest_step(Path(config.dit))
+    made_by = {
+        "dit": config.dit,
+        "latents": config.data.folder,
+        "step": step,
+        "sigma": sigma,
+        "seed": config.predictions.seed,
+    }
     if not note.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(note, json.dumps({"dit": config.dit, "step": step, "latents": config.data.folder}))
+        write_note(note, made_by)
         return
-    found = json.loads(note.read_text())
-    if (found["dit"], found["latents"]) != (config.dit, config.data.folder):
-        raise UserError(
-            f"{folder} has predictions of {found['dit']} for {found['latents']}, not of {config.dit} for "
-            f"{config.data.folder}: choose another --predictions.folder"
-        )
-    # Notes of earlier versions have no step.
-    if None not in (step, found.get("step")) and found["step"] != step:
-        raise UserError(
-            f"{folder} has predictions of step {found['step']} of {config.dit}, which is at step {step} now: "
-            "choose another --predictions.folder, or remove that one"
-        )
+    if (difference := first_difference(note, made_by)) is None:
+        return
+    name, found, wanted = difference
+    what = {
+        "dit": f"of {found}, not of {wanted}",
+        "latents": f"for {found}, not for {wanted}",
+        "step": f"of step {found} of {config.dit}, which is at step {wanted} now",
+        "sigma": f"at noise level {found}, not {wanted} (--sampling)",
+        "seed": f"of --predictions.seed {found}, not {wanted}",
+    }[name]
+    raise UserError(
+        f"{folder} has predictions {what}: choose another --predictions.folder, or remove that one"
+    )
 
 
 def random_window(

@@ -14,6 +14,8 @@ from PIL import Image
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.clips import unpack
+from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.records import Record
 from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.errors import UserError
@@ -154,6 +156,27 @@ def test_an_interrupted_preparation_goes_on_with_frames_and_latents_in_step(
         np.testing.assert_array_equal(np.load(Path(f"{folder}2") / f"{name}.npy"), whole[name])
 
 
+def test_what_stands_in_for_a_damaged_record_has_its_own_frames(
+    run: DecoderRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = open_latents(run.data), ShardSource.record
+
+    def damaged(self: ShardSource, number: int) -> Record:
+        if number == 1:
+            raise CorruptRecordError("damaged")
+        return read(self, number)
+
+    monkeypatch.setattr(ShardSource, "record", damaged)
+    prepare_predictions(run)
+    folder = Path(run.predictions.folder)
+    latent, video = (np.load(folder / f"{name}.npy")[1] for name in ("latent", "video"))
+    stands_in = int(source.read_batch(np.array([1]))["record"][0])
+    assert stands_in != 1
+    np.testing.assert_allclose(latent[1, 3:], read(source, stands_in)["latent"], atol=2e-2)
+    clip = sample_clip(stands_in, 21, 32, "train", speech=Path(run.data.speech))
+    np.testing.assert_allclose(video, (clip.video + 1) * 127.5, atol=0.51)
+
+
 def test_only_the_decoder_learns(run: DecoderRun) -> None:
     state = train_decoder(run)
     assert int(state.step) == 2
@@ -222,8 +245,14 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"not a run of stage 1 or 2.*config\.json is missing"):
         load_dit(tmp_path)
     prepare_predictions(run)
-    with pytest.raises(UserError, match=r"has predictions of .*distill .*not of another"):
+    with pytest.raises(UserError, match=r"has predictions of .*distill, not of another"):
         prepare_predictions(dataclasses.replace(run, dit="another"))
+    more_steps = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, steps=4))
+    with pytest.raises(UserError, match=r"at noise level 0\.75, not 0\.5.* \(--sampling\)"):
+        prepare_predictions(more_steps)
+    other_noise = dataclasses.replace(run, predictions=dataclasses.replace(run.predictions, seed=1))
+    with pytest.raises(UserError, match=r"of --predictions\.seed 0, not 1: choose"):
+        prepare_predictions(other_noise)
     with pytest.raises(UserError, match=r"made with --data\.speech .*, not voices"):
         prepare_predictions(dataclasses.replace(run, data=dataclasses.replace(run.data, speech="voices")))
     manifest = Path(run.data.folder) / "manifest.jsonl"
