@@ -94,13 +94,13 @@ def mouth_motion(run: Any) -> Reward:
 def _probe(run: Any) -> Probe:
     """A probe that is fitted to the run's data and tested on clips that it has not seen."""
     source = open_latents(run.data)
+    if len(source.buckets) > 1:
+        raise UserError(f"{run.data.folder} has clips of several kinds or sizes; mouth rewards need one")
     count = min(CLIPS, len(source))
-    rows = [source[int(number)] for number in np.linspace(0, len(source) - 1, count)]
-    if any("openness" not in row for row in rows):
+    clips = source.read_batch(np.linspace(0, len(source) - 1, count).astype(int))
+    if "openness" not in clips:
         raise UserError(f"{run.data.folder} does not know how far mouths are open: rewards need `openness`")
-    if len({row["latent"].shape for row in rows}) > 1:
-        raise UserError(f"{run.data.folder} has clips of several sizes; mouth rewards need one")
-    latent, mouth, truth = (np.stack([row[name] for row in rows]) for name in ("latent", "mouth", "openness"))
+    latent, mouth, truth = (clips[name] for name in ("latent", "mouth", "openness"))
     held_out = np.arange(count) % 4 == 0
     probe = fit_probe(latent[~held_out], mouth[~held_out], truth[~held_out])
     quality = float(correlation(opening(probe, latent[held_out]), truth[held_out]).mean())

@@ -1,12 +1,17 @@
 """Hybrid starts, reward weights with running statistics, and the mouth rewards of rendered faces."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.records import Record
+from lavatar_jax.data.shards import ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.training.dynaforcing import (
     DynaConfig,
@@ -17,7 +22,8 @@ from lavatar_jax.training.dynaforcing import (
     reward_weights,
     update_statistics,
 )
-from lavatar_jax.training.rewards import correlation, fit_probe, opening
+from lavatar_jax.training.latents import LatentsConfig
+from lavatar_jax.training.rewards import correlation, fit_probe, mouth_sync, opening
 
 CONFIG = DynaConfig(hybrid=0.3, alpha=0.5, rewards=(("a:b", 1.0), ("c:d", 0.5)))
 
@@ -85,3 +91,38 @@ def test_the_probe_reads_the_mouth_and_the_reward_tells_who_follows_the_speech()
     assert correlation(read, openness[90:]).min() > 0.85
     assert np.abs(correlation(read, np.roll(openness[90:], 1, axis=0)).mean()) < 0.4
     assert correlation(jnp.zeros((1, 48)), openness[:1]) == 0
+
+
+def test_a_damaged_record_does_not_end_a_run_with_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    with ShardWriter(tmp_path) as writer:
+        for index in range(60):
+            openness = random.uniform(size=16).astype(np.float16)
+            latent = 0.03 * random.normal(size=(4, 2, 2, 4))
+            latent += openness.reshape(4, 1, 1, 4)
+            writer.write(
+                {
+                    "id": f"clip{index}",
+                    "caption": "",
+                    "latent": latent.astype(np.float16),
+                    "reference": np.zeros((1, 2, 2, 4), np.float16),
+                    "audio": np.zeros((1, 1, 16), np.float16),
+                    "openness": openness,
+                }
+            )
+        writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
+    read = ShardSource.record
+
+    def damaged(self: ShardSource, number: int) -> Record:
+        if number == 7:
+            raise CorruptRecordError("damaged")
+        return read(self, number)
+
+    monkeypatch.setattr(ShardSource, "record", damaged)
+    run = SimpleNamespace(data=LatentsConfig(folder=str(tmp_path)))
+    source = ShardSource(tmp_path, text_len=1, text_dim=1)
+    batch = source.read_batch(np.arange(5))
+    reward = mouth_sync(run)
+    assert reward.measure(reward.arrays, batch["latent"], batch).mean() > 0.7
