@@ -9,8 +9,11 @@ from lavatar_jax.errors import UserError
 
 def train(config: Any) -> None:
     """Train the stage that a config file describes. Raises UserError."""
+    from lavatar_jax.training.run import Run
     from lavatar_jax.training.vae import VAERun, train_vae
 
+    if isinstance(config, Run):
+        config.train.check()
     if isinstance(config, VAERun):
         train_vae(config)
         return

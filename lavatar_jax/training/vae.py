@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.batches import Batches
 from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpack
 from lavatar_jax.data.faces import random_training_frames
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import batch_shards, train_mesh
 from lavatar_jax.training.distributed import first_process_only
@@ -158,6 +160,22 @@ def make_sampler(
     return sample
 
 
+def check_sizes(config: VAERun) -> None:
+    """Raises UserError for clips or crops that cannot be cut or encoded."""
+    data, latent = config.data, config.model.temporal_factor
+    cell = math.lcm(config.model.spatial_factor, COLOUR_CELL)
+    sizes = {"frames": data.frames, "size": data.size}
+    if data.full_share < 1:  # else there are no crops
+        sizes |= {"crop-frames": data.crop_frames, "crop-size": data.crop_size}
+    for name, value in sizes.items():
+        if name.endswith("frames") and (value < 1 or (value - 1) % latent):
+            raise UserError(f"--data.{name} must be 1 + {latent}k, not {value}: the VAE is causal")
+        if name.endswith("size") and (value < 1 or value % cell):
+            raise UserError(f"--data.{name} must be a multiple of {cell} pixels, not {value}")
+        if value > (whole := sizes[name.removeprefix("crop-")]):
+            raise UserError(f"--data.{name} {value} is larger than the clips, which have {whole}")
+
+
 def shared_batches(config: VAERun, mesh: Mesh) -> Batches:
     """Of `--train.batch` crops, or of as few whole clips as devices and parts can share evenly."""
     train = config.train
@@ -166,7 +184,10 @@ def shared_batches(config: VAERun, mesh: Mesh) -> Batches:
 
 
 def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
-    """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`."""
+    """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`.
+
+    Raises UserError."""
+    check_sizes(config)
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: render_clips(config.data))

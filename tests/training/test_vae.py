@@ -21,6 +21,7 @@ from lavatar_jax.parallel import MeshConfig, put_batch, train_mesh
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.samples import SamplesConfig
+from lavatar_jax.training.stages import train
 from lavatar_jax.training.state import create_state, make_train_step, split_model
 from lavatar_jax.training.vae import (
     VAELossConfig,
@@ -87,6 +88,29 @@ def test_a_folder_holds_clips_of_one_seed(
     assert "unknown seed" in capsys.readouterr().err
     render_clips(dataclasses.replace(config, seed=1))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_frames": 9}, r"--data\.crop-frames 9 is larger than the clips, which have 5"),
+        ({"crop_size": 40}, r"--data\.crop-size 40 is larger than the clips, which have 32"),
+        ({"frames": 6}, r"--data\.frames must be 1 \+ 2k, not 6"),
+        ({"crop_size": 20}, r"--data\.crop-size must be a multiple of 8 pixels, not 20"),
+    ],
+)
+def test_clips_that_cannot_be_cut_are_refused(data: ClipsConfig, change: dict[str, int], message: str):
+    wrong = dataclasses.replace(data, **change)
+    run = VAERun(out="unused", model=MODEL, data=wrong, loss=VAELossConfig(), train=LoopConfig())
+    with pytest.raises(UserError, match=message):
+        train(run)
+
+
+@pytest.mark.parametrize("name", ["seconds", "steps", "batch", "accumulate", "log_every"])
+def test_a_run_of_nothing_is_refused(data: ClipsConfig, name: str):
+    run = VAERun(out="unused", model=MODEL, data=data, loss=VAELossConfig(), train=LoopConfig(**{name: 0}))
+    with pytest.raises(UserError, match=f"--train.{name.replace('_', '-')} must be more than 0"):
+        train(run)
 
 
 def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
