@@ -122,10 +122,17 @@ def prepare_predictions(config: DecoderRun) -> None:
         raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
         raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
-    sigma = float(schedule(config.sampling).sigmas[-2])
-    _check_same_predictions(config, sigma)
     size, past = config.data.size, config.data.motion_latents
     frames, height, width = source.buckets[0].latent_size
+    if not 1 <= given.cells <= min(height, width):
+        raise UserError(f"--predictions.cells {given.cells} is not within the latents' {height} x {width}")
+    if frames < past:
+        raise UserError(
+            f"a window takes {past} latents after as many of the past (--data.motion-frames), the clips in "
+            f"{config.data.folder} have {frames}: prepare longer ones (--data.blocks)"
+        )
+    sigma = float(schedule(config.sampling).sigmas[-2])
+    _check_same_predictions(config, sigma)
     small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
     kept = ClipArrays(
         Path(given.folder),

@@ -164,6 +164,8 @@ def check_sizes(config: VAERun) -> None:
     """Raises UserError for clips or crops that cannot be cut or encoded."""
     data, latent = config.data, config.model.temporal_factor
     cell = math.lcm(config.model.spatial_factor, COLOUR_CELL)
+    if data.clips < 1:
+        raise UserError(f"--data.clips must be at least 1, not {data.clips}")
     sizes = {"frames": data.frames, "size": data.size}
     if data.full_share < 1:  # else there are no crops
         sizes |= {"crop-frames": data.crop_frames, "crop-size": data.crop_size}

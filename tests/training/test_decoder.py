@@ -244,6 +244,14 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
         prepare_predictions(many)
     with pytest.raises(UserError, match=r"not a run of stage 1 or 2.*config\.json is missing"):
         load_dit(tmp_path)
+    for cells in (0, 5):
+        wrong = dataclasses.replace(run, predictions=dataclasses.replace(run.predictions, cells=cells))
+        with pytest.raises(UserError, match=rf"cells {cells} is not within the latents' 4 x 4"):
+            prepare_predictions(wrong)
+    data = dataclasses.replace(run.data, folder=str(tmp_path / "long past"), motion_frames=13, clips=3)
+    prepare_latents(data)
+    with pytest.raises(UserError, match=r"a window takes 4 latents .* have 3: prepare longer ones"):
+        prepare_predictions(dataclasses.replace(run, data=data))
     prepare_predictions(run)
     with pytest.raises(UserError, match=r"has predictions of .*distill, not of another"):
         prepare_predictions(dataclasses.replace(run, dit="another"))

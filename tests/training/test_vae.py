@@ -95,6 +95,7 @@ def test_a_folder_holds_clips_of_one_seed(
     [
         ({"crop_frames": 9}, r"--data\.crop-frames 9 is larger than the clips, which have 5"),
         ({"crop_size": 40}, r"--data\.crop-size 40 is larger than the clips, which have 32"),
+        ({"clips": 0}, r"--data\.clips must be at least 1"),
         ({"frames": 6}, r"--data\.frames must be 1 \+ 2k, not 6"),
         ({"crop_size": 20}, r"--data\.crop-size must be a multiple of 8 pixels, not 20"),
     ],
