@@ -125,8 +125,7 @@ class Pipeline:
         found = take_devices(layout.devices, devices)
         _check(sampling, layout, found)
         self.sampling, self.layout, self.slots, self.speakers = sampling, layout, slots, speakers
-        self.height, self.width = height, width
-        self.config = dit.config
+        self.height, self.width, self.config = height, width, dit.config
         self.mesh = self._make_mesh(found)
         self.stages = self.mesh.shape[STAGE]
         self.decoder_device = found[-1]
@@ -429,9 +428,8 @@ class Pipeline:
         masks = np.asarray(self.actor_mask).copy()
         mask = np.ones_like(masks[:1]) if mask is None else np.asarray(mask)
         if mask.shape[1:] != masks.shape[1:]:
-            speakers, *tokens = mask.shape[1:]
-            built = f"the pipeline was built for {self.speakers} on {list(masks.shape[2:])}"
-            raise ValueError(f"a mask of {speakers} speakers on {tokens} tokens: {built}")
+            given, built = (f"{list(x.shape[1:])} (speakers, frames, rows, columns)" for x in (mask, masks))
+            raise ValueError(f"a mask of {given}: the pipeline was built for {built}")
         if self.speakers == 1 and np.any(mask != 1):
             raise ValueError("a pipeline of one speaker takes no mask: build it with speakers=2")
         masks[slot] = mask[0]
@@ -493,8 +491,7 @@ def _check(sampling: SamplingConfig, layout: PipelineLayout, devices: list[jax.D
         raise ValueError(f"history={sampling.history!r} shares one ring between steps; a pipeline cannot")
     if sampling.decode != "stream":
         raise ValueError(f"a pipeline decodes as a stream, not decode={sampling.decode!r}")
-    if len({device.process_index for device in devices}) > 1:
-        # Packets, slots and frames are put together from and taken apart into arrays of this process.
+    if len({device.process_index for device in devices}) > 1:  # packets and slots are arrays of this one
         raise ValueError("a pipeline runs in one process so far: give it devices of one")
 
 
