@@ -80,15 +80,21 @@ def _command(text: str, voice: Voice, pitch: float, speed: float, out: Path) -> 
 
 
 def read_wav(path: Path) -> Samples:
-    """A 16-bit PCM WAV file as mono float32 at 16 kHz."""
-    with wave.open(str(path), "rb") as file:
-        rate, channels = file.getframerate(), file.getnchannels()
-        data = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768.0
-    data = data.reshape(-1, channels).mean(axis=1)
+    """A 16-bit PCM WAV file as mono float32 at 16 kHz. Raises UserError for any other file."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            data = file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise UserError(f"{path}: {error}; recordings are 16-bit PCM WAV files") from None
+    if width != 2:
+        raise UserError(f"{path} has samples of {8 * width} bits: convert it to a 16-bit PCM WAV file")
+    samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+    samples = samples.reshape(-1, channels).mean(axis=1)
     if rate != SAMPLE_RATE:
         common = np.gcd(rate, SAMPLE_RATE)
-        data = resample_poly(data, SAMPLE_RATE // common, rate // common)
-    return data.astype(np.float32)
+        samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
+    return samples.astype(np.float32)
 
 
 def write_wav(path: Path, samples: Samples) -> None:

@@ -45,7 +45,7 @@ class LoopConfig:
 
     def check(self) -> None:
         """Raises UserError for numbers that no run can have."""
-        for name in ("seconds", "steps", "batch", "accumulate", "log_every"):
+        for name in ("seconds", "steps", "batch", "accumulate", "log_every", "learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--train.{name.replace('_', '-')} must be more than 0, not {value}")

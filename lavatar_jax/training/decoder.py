@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -54,6 +55,7 @@ from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
 from lavatar_jax.training.weights import initial_weights
 
 CHUNK = 10  # clips that one forward predicts
+NOTE = "predicted_by.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ def prepare_predictions(config: DecoderRun) -> None:
             f"{config.data.folder} have {frames}: prepare longer ones (--data.blocks)"
         )
     sigma = float(schedule(config.sampling).sigmas[-2])
-    _check_same_predictions(config, sigma)
+    made_by = _check_same_predictions(config, sigma)
     small = (config.data.video_frames, size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
     kept = ClipArrays(
         Path(given.folder),
@@ -146,6 +148,7 @@ def prepare_predictions(config: DecoderRun) -> None:
     if kept.done >= given.clips:
         return
     dit = load_dit(config.dit)
+    write_note(Path(given.folder) / NOTE, made_by)
     predict = jax.jit(functools.partial(predict_clips, sigma=sigma))
     look = jax.jit(lambda identity, motion: attention_map(identity, motion, size))
     for start in track(range(kept.done, given.clips, CHUNK), description="predicting clips"):
@@ -170,10 +173,11 @@ def prepare_predictions(config: DecoderRun) -> None:
         kept.finish(stop)
 
 
-def _check_same_predictions(config: DecoderRun, sigma: float) -> None:
-    """A folder keeps predictions of one network, as it was at one step of its training, of the same noise."""
-    folder = Path(config.predictions.folder)
-    note, step = folder / "predicted_by.json", newest_step(Path(config.dit))
+def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
+    """A folder keeps predictions of one network, as it was at one step of its training, of the same noise.
+
+    Returns the note of these. Raises UserError where the folder's are others."""
+    folder, step = Path(config.predictions.folder), newest_step(Path(config.dit))
     made_by = {
         "dit": config.dit,
         "latents": config.data.folder,
@@ -181,12 +185,8 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> None:
         "sigma": sigma,
         "seed": config.predictions.seed,
     }
-    if not note.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_note(note, made_by)
-        return
-    if (difference := first_difference(note, made_by)) is None:
-        return
+    if (difference := first_difference(folder / NOTE, made_by)) is None:
+        return made_by
     name, found, wanted = difference
     what = {
         "dit": f"of {found}, not of {wanted}",

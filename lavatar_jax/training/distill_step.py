@@ -151,6 +151,8 @@ def make_distill_step(
     if sampling.history == "noisy" and not rollout.same_exit and rollout.cache == "noisy":
         raise UserError("with a ring for each step all blocks must exit alike: --rollout.same-exit")
     check_starts(dyna, len(rollout.timesteps))
+    if config.update_ratio < 1:
+        raise UserError(f"--distill.update-ratio must be at least 1, not {config.update_ratio}")
     grid, critic_scale = rollout.grid, config.critic_rate / train.learning_rate
     steps = len(rollout.timesteps)
     ranges = jnp.array([denoised_range(step, rollout) for step in range(steps)], jnp.int32)

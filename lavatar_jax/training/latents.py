@@ -166,6 +166,8 @@ def prepare_latents(config: LatentsConfig) -> Path:
         return folder
     if config.motion_frames % 4 != 1:
         raise UserError(f"motion_frames must be 1 + 4k, not {config.motion_frames}: the VAE is causal")
+    if config.blocks < 1:
+        raise UserError(f"--data.blocks must be at least 1, not {config.blocks}")
     if (folder / DATASET).is_file():
         check_rendering(config)
         if read_dataset(folder).records >= config.clips:

@@ -1,4 +1,5 @@
 import shutil
+import wave
 
 import numpy as np
 import pytest
@@ -65,3 +66,16 @@ def test_levels_and_files_round_trip(tmp_path):
     assert np.array_equal(normalise_level(np.zeros(16_000, np.float32)), np.zeros(16_000, np.float32))
     write_wav(tmp_path / "tone.wav", loud)
     np.testing.assert_allclose(read_wav(tmp_path / "tone.wav"), loud, atol=1e-4)
+
+
+def test_only_16_bit_recordings_are_read(tmp_path):
+    with wave.open(str(tmp_path / "deep.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(3)
+        file.setframerate(16_000)
+        file.writeframes(bytes(3 * 640))
+    with pytest.raises(UserError, match=r"deep\.wav has samples of 24 bits"):
+        read_wav(tmp_path / "deep.wav")
+    (tmp_path / "words.wav").write_text("not a sound")
+    with pytest.raises(UserError, match=r"words\.wav: .*16-bit PCM"):
+        read_wav(tmp_path / "words.wav")

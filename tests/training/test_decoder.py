@@ -270,6 +270,19 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
         prepare_predictions(run)
 
 
+def test_a_network_that_cannot_be_read_leaves_no_note(
+    run: DecoderRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(run: str) -> None:
+        raise UserError(f"{run} is missing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "load_dit", missing)
+        with pytest.raises(UserError, match="another is missing"):
+            prepare_predictions(dataclasses.replace(run, dit="another"))
+    prepare_predictions(run)
+
+
 def test_predictions_of_an_earlier_network_are_refused(run: DecoderRun, tmp_path: Path) -> None:
     run = dataclasses.replace(run, dit=str(tmp_path / "dit"))
     (tmp_path / "dit" / "checkpoints" / "5").mkdir(parents=True)

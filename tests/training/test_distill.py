@@ -166,6 +166,12 @@ def test_the_report_shows_what_the_student_says(
     assert np.abs(right - wanted)[4::8, 4::8].mean() < 8  # WebP is not exact
 
 
+def test_a_student_that_never_learns_is_refused(run: DistillRun) -> None:
+    never = dataclasses.replace(run, distill=dataclasses.replace(run.distill, update_ratio=0))
+    with pytest.raises(UserError, match=r"--distill\.update-ratio must be at least 1, not 0"):
+        train_distill(never)
+
+
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:
     with pytest.raises(UserError, match="does not fit"):
         train_distill(dataclasses.replace(run, model=dataclasses.replace(MODEL, input_skip=True)))

@@ -113,6 +113,8 @@ def test_an_interrupted_encoding_goes_on_and_a_finished_one_is_extended(
     Path(parts.folder, latents.RENDERED).unlink()  # as folders of earlier versions
     with pytest.raises(UserError, match=r"has clips of shape .*choose another folder"):
         prepare_latents(LatentsConfig(**{**vars(parts), "clips": 6, "blocks": 2}))
+    with pytest.raises(UserError, match=r"--data\.blocks must be at least 1, not 0"):
+        prepare_latents(LatentsConfig(**{**vars(parts), "blocks": 0}))
 
 
 def contents(folder: str) -> dict[str, bytes]:

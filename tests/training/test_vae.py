@@ -107,7 +107,7 @@ def test_clips_that_cannot_be_cut_are_refused(data: ClipsConfig, change: dict[st
         train(run)
 
 
-@pytest.mark.parametrize("name", ["seconds", "steps", "batch", "accumulate", "log_every"])
+@pytest.mark.parametrize("name", ["seconds", "steps", "batch", "accumulate", "log_every", "learning_rate"])
 def test_a_run_of_nothing_is_refused(data: ClipsConfig, name: str):
     run = VAERun(out="unused", model=MODEL, data=data, loss=VAELossConfig(), train=LoopConfig(**{name: 0}))
     with pytest.raises(UserError, match=f"--train.{name.replace('_', '-')} must be more than 0"):
