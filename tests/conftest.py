@@ -4,8 +4,10 @@ Nine are four pipeline stages of two, and a decoder. They must be asked for befo
 the assignments above the imports.
 """
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,3 +46,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "browser" if "tests/serving/browser/" in nodeid else nodeid.split("::")[0]
 
     return Together(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten_programs() -> Iterator[None]:
+    """Linux maps at most 65530 pieces of memory into a process (`vm.max_map_count`), and every compiled
+    program takes many: a worker that keeps those of all tests dies in the last ones."""
+    yield
+    pieces = Path("/proc/self/maps")
+    if pieces.is_file() and len(pieces.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
