@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -254,6 +255,7 @@ def main(arguments: list[str]) -> None:
                 numbers = measured(file, about, missing)
                 results.setdefault(variant.name, []).append(numbers)
                 bar.advance(task)
+            jax.clear_caches()  # its programs serve no other variant, and a process can map only so many
     table = spread(results)
     (options.out / "ablation.md").write_text(table)
     draw(results, options.out / "ablation.png")
