@@ -80,11 +80,6 @@ def run(host: SessionHost, seconds: float, each=None) -> None:
         host.clock.now += 0.02
 
 
-def offline(host: SessionHost, session: AvatarSession) -> list:
-    """All blocks of a session that is not live and was told to finish."""
-    return list(session)
-
-
 def frames_of(blocks) -> np.ndarray:
     return np.concatenate([block.frames for block in blocks])
 

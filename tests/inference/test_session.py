@@ -26,7 +26,6 @@ from tests.inference.hosts import (
     drain,
     frames_of,
     make_host,
-    offline,
     photo,
     run,
     sound_of,
@@ -48,7 +47,7 @@ def test_not_live_is_talk(layout: PipelineLayout) -> None:
         assert session.push_audio(samples[start:end]) == end - start
         host.step()
     session.finish()
-    blocks = offline(host, session)
+    blocks = list(session)
     assert [block.index for block in blocks] == [0, 1, 2, 3, 4]
     assert [block.time for block in blocks] == [0.0, 0.48, 0.96, 1.44, 1.92]
     np.testing.assert_allclose(frames_of(blocks).astype(int), want.astype(int), atol=1)
@@ -96,7 +95,7 @@ def test_frames_that_decoding_drops_are_part_of_the_time() -> None:
     session = host.open(photo(), live=False)
     session.push_audio(samples)
     session.finish()
-    blocks = offline(host, session)
+    blocks = list(session)
     assert all(len(block.frames) == 12 for block in blocks)
     np.testing.assert_allclose(frames_of(blocks)[3:].astype(int), want.astype(int), atol=1)
     np.testing.assert_array_equal(sound_of(blocks)[3 * 640 :][: len(samples)], samples)
@@ -114,7 +113,7 @@ def test_sessions_that_share_a_host_show_what_they_show_alone() -> None:
         host = make_host(STAGES)
         session = host.open(photo(seed), prompt=f"voice {seed}", seed=seed, live=False)
         feed(session, seed)
-        alone[seed] = frames_of(offline(host, session))
+        alone[seed] = frames_of(list(session))
     host = make_host(STAGES)
     others = {}
     for seed in (3, 1):
@@ -129,7 +128,7 @@ def test_sessions_that_share_a_host_show_what_they_show_alone() -> None:
     others[2] = host.open(photo(2), prompt="voice 2", seed=2, live=False)
     feed(others[2], 2)
     for seed, session in others.items():
-        np.testing.assert_array_equal(frames_of(offline(host, session)), alone[seed])
+        np.testing.assert_array_equal(frames_of(list(session)), alone[seed])
 
 
 def test_busy_until_somebody_leaves() -> None:

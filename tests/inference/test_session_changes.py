@@ -17,7 +17,6 @@ from tests.inference.hosts import (
     drain,
     frames_of,
     make_host,
-    offline,
     photo,
     run,
     sound_of,
@@ -167,7 +166,7 @@ def test_nobody_waits_for_features(monkeypatch) -> None:
     speaking.join(60)
     assert not waited
     session.finish()
-    sound = sound_of(offline(host, session))
+    sound = sound_of(list(session))
     assert sound[: FADE // 2].any()  # the block that was being heard fades, as if it had just left
     assert not sound[FADE:BLOCK].any()
     assert session.queued_seconds == 0
@@ -206,7 +205,7 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
     whole = whole_host.open(photo(), prompt="hello", seed=5, live=False)
     whole.push_audio(samples)
     whole.finish()
-    want = offline(whole_host, whole)
+    want = list(whole)
     host = make_host(STAGES)
     session = host.open(photo(), prompt="hello", seed=5, live=False)
     other = host.open(photo(1), seed=1, live=False)
@@ -225,13 +224,13 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
     restored = elsewhere.restore(tmp_path / "session.safetensors", live=False)
     restored.push_audio(samples[int(2.7 * BLOCK) :])
     restored.finish()
-    got += offline(elsewhere, restored)
+    got += list(restored)
     assert [block.index for block in got] == list(range(8))
     np.testing.assert_array_equal(frames_of(got), frames_of(want))
     np.testing.assert_array_equal(sound_of(got), sound_of(want))
     session.push_audio(samples[int(2.7 * BLOCK) :])  # and where it was saved it goes on as well
     session.finish()
-    rest = frames_of(offline(host, session))
+    rest = frames_of(list(session))
     np.testing.assert_array_equal(rest, frames_of(want)[-len(rest) :])
 
 
