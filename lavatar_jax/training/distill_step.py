@@ -30,7 +30,7 @@ from lavatar_jax.training.dynaforcing import (
 )
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import clip_by_norm
-from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, unconditional
+from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, pose_of, unconditional
 from lavatar_jax.training.self_forcing import (
     Rollout,
     SelfForcingConfig,
@@ -171,7 +171,8 @@ def make_distill_step(
             return jnp.concatenate([jnp.roll(end, 1, axis=0), x], axis=axis)
 
         truth, audio = longer(batch["latent"], lead, 1), longer(batch["audio"], 4 * lead, -1)
-        pose = longer(batch["pose"], lead, 1) if "pose" in batch else None
+        pose = pose_of(dit, batch)
+        pose = None if pose is None else longer(pose, lead, 1)
         inputs = block_inputs(dit.config, sampling, audio, (truth.shape[2], truth.shape[3]), keys[0], pose)
         cache = begin_cache(dit, sampling, batch["reference"], batch["text"])
         noise = jax.random.normal(keys[1], truth.shape)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lavatar_jax.models.dit import CausalDiT, Remat
 from lavatar_jax.models.dit_forward import teacher_forward, train_forward
@@ -41,6 +41,11 @@ def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
     return {**batch, "audio": audio, "text": text}
 
 
+def pose_of(dit: CausalDiT, batch: Batch) -> Float[Array, "B F H W C"] | None:
+    """The pose latents of a batch; None where it has none, or the model takes none."""
+    return batch.get("pose") if dit.config.use_pose else None
+
+
 def make_flow(
     dit: CausalDiT, batch: Batch, config: ScoreConfig, *, remat: Remat = "none"
 ) -> Callable[[Array, Array], Array]:
@@ -58,7 +63,7 @@ def make_flow(
                 text_BSE=batch["text"],
                 audio=batch["audio"],
                 ref_B1HWC=batch["reference"],
-                pose_BFHWC=batch.get("pose"),
+                pose_BFHWC=pose_of(dit, batch),
                 blockwise_audio=True,
                 remat=remat,
             )
@@ -69,7 +74,7 @@ def make_flow(
             text_BSE=batch["text"],
             audio_BPLAT=batch["audio"],
             ref_B1HWC=batch["reference"],
-            pose_BFHWC=batch.get("pose"),
+            pose_BFHWC=pose_of(dit, batch),
             remat=remat,
         )
 

@@ -81,6 +81,7 @@ def run(tmp_path: Path) -> DistillRun:
                 "spread": np.full(4, 0.1, np.float16),
                 "audio": random.normal(size=(1, 6, 4 * SIZE[0])).astype(np.float16),
                 "mouth": np.full(SIZE[1:], 255, np.uint8),
+                "pose": latent.astype(np.float16),  # the model takes none
             }
             writer.write(record)
         writer.flush()
