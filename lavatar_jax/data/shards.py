@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -138,10 +139,9 @@ class ShardWriter:
             write_text(self.folder / MANIFEST, "".join(map(_line, self.rows)))
         for part in self.folder.glob(".shard-*.part"):
             part.unlink()
-        names = {row["shard"] for row in self.rows}
-        self._number = 1 + max(
-            (int(name[len("shard-") : -len(".array_record")]) for name in names), default=-1
-        )
+        # Shards of other writers may have other names: these cannot be written over.
+        numbers = (re.fullmatch(r"shard-(\d+)\.array_record", row["shard"]) for row in self.rows)
+        self._number = 1 + max((int(match[1]) for match in numbers if match), default=-1)
         self._writer: array_record_module.ArrayRecordWriter | None = None
         self._open_rows: list[dict[str, Any]] = []
 

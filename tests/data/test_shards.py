@@ -77,3 +77,17 @@ def test_a_killed_writer_loses_its_open_shard_only(tmp_path: Path):
         writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
     assert [row["id"] for row in read_manifest(tmp_path)] == [f"clip-{number}" for number in range(5)]
     assert read_dataset(tmp_path).records == 5
+
+
+def test_shards_of_other_writers_may_have_other_names(tmp_path: Path):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(make_record(0))
+    (tmp_path / "shard-00000.array_record").rename(tmp_path / "mine.array_record")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("shard-00000", "mine"))
+    with ShardWriter(tmp_path) as writer:
+        writer.write(make_record(1))
+        writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
+    rows = read_manifest(tmp_path)
+    assert [row["shard"] for row in rows] == ["mine.array_record", "shard-00000.array_record"]
+    assert [record["id"] for record in stored_records(tmp_path, rows)] == ["clip-0", "clip-1"]
