@@ -178,8 +178,11 @@ def fit(
             if sample is not None and (run.done >= 1.0 or run.seconds >= sampled_at + sample_every):
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
-                folder.mkdir(parents=True, exist_ok=True)
-                sample(whole, folder)
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    sample(whole, folder)
+                except OSError as error:  # training is worth more than its pictures
+                    run.log.say(f"no samples at step {run.step}: {error}")
             run.log.report()
 
     with (

@@ -56,6 +56,20 @@ def test_samples_are_taken_at_intervals_and_at_the_end(tmp_path: Path):
     assert taken == ["00000001", "00000005"]
 
 
+def test_samples_that_cannot_be_written_do_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+
+    def sample(state: Any, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = LoopConfig(steps=3, batch=BATCH)
+    last = fit(step_fn, state, frozen, Batches(), config, tmp_path, sample=sample)
+    assert int(last.step) == 3
+    assert "no samples at step 3: [Errno 28] No space left" in capsys.readouterr().out
+
+
 def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     step_fn, state, frozen = begin(mesh)
