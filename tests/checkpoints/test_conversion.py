@@ -1,77 +1,32 @@
-"""Published folders become model folders, and back: every number, in bounded steps, or one clear line."""
+"""Published folders become model folders, and back: every number, in bounded steps."""
 
-import dataclasses
 import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lavatar_jax import lora, quant
-from lavatar_jax.checkpoints import exporting, orbax_store, stream_write
-from lavatar_jax.checkpoints.conversion import JOURNAL, Task, convert_folder
+from lavatar_jax.checkpoints import exporting
+from lavatar_jax.checkpoints.conversion import JOURNAL, convert_folder
 from lavatar_jax.checkpoints.convert import convert, param_paths
 from lavatar_jax.checkpoints.dry_run import plan_listings
 from lavatar_jax.checkpoints.lora_keys import merged, read_lora
 from lavatar_jax.checkpoints.manifest import hash_file, hash_leaf, read_manifest
 from lavatar_jax.checkpoints.orbax_store import restore_component, restore_leaves, stored_leaves
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
-from lavatar_jax.cli import run
-from lavatar_jax.errors import UserError
-from lavatar_jax.models.dit import CausalDiT
 from tests import published
-from tests.published import Published, write_published
+from tests.checkpoints.conversions import abstract_dit, chunks_of, command, task_of
+from tests.published import Published
 from tests.shared import shared_path
 from tools.convert import main as convert_main
 from tools.export_torch import main as export_main
 from tools.inspect_checkpoint import main as inspect_main
 from tools.pth import PickledTensors
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return write_published(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture(scope="module")
-def bf16(source: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without LoRA."""
-    out = tmp_path_factory.mktemp("bf16") / "model"
-    convert_folder(Task(wan=source.wan, out=out), PickledTensors)
-    return out
-
-
-def task_of(source: Published, out: Path, **changes) -> Task:
-    return dataclasses.replace(Task(wan=source.wan, out=out), **changes)
-
-
-def abstract_dit() -> CausalDiT:
-    return jax.eval_shape(lambda: CausalDiT(published.DIT_CONFIG, rngs=nnx.Rngs(0)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def chunks_of(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("c/**/*") if path.is_file()]
-
-
-def command(main, *arguments: str | Path) -> int:
-    return run(lambda: main([str(argument) for argument in arguments]))
 
 
 def test_the_streamed_parameters_are_those_of_the_table(source: Published, bf16: Path) -> None:
@@ -250,269 +205,6 @@ def test_inspection_tells_complete_from_damaged(bf16: Path, tmp_path: Path, caps
     assert str(chunk) in capsys.readouterr().err
     (folder / "manifest.json").unlink()
     assert command(inspect_main, folder) == 2
-
-
-# Killed and gone on with
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-from lavatar_jax.checkpoints import conversion, journal, orbax_store, stream_write
-from tools.pth import PickledTensors
-
-point, count, wan, lora, out = sys.argv[1:]
-orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, stream_write.SYNC_BYTES = 2**15, 1, 2**16
-calls = 0
-
-def killing(function):
-    def call(*args, **options):
-        global calls
-        calls += 1
-        if calls == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return call
-
-if point == "record":  # a chunk is written, but not in the journal
-    journal.Journal.record = killing(journal.Journal.record)
-elif point == "rename":  # all is done, but not under its name
-    conversion.os.replace = killing(os.replace)
-conversion.convert_folder(
-    conversion.Task(wan=Path(wan), lora=Path(lora), out=Path(out), dtype="fp8"), PickledTensors
-)
-"""
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves of the small model have many chunks, as those of a large one."""
-    monkeypatch.setattr(orbax_store, "CHUNK_BYTES", 2**15)
-    monkeypatch.setattr(orbax_store, "JOIN_BYTES", 1)
-    monkeypatch.setattr(stream_write, "SYNC_BYTES", 2**16)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_killed_conversion_goes_on_and_ends_the_same(source: Published, tmp_path: Path) -> None:
-    task = task_of(source, tmp_path / "whole", lora=source.lora, dtype="fp8")
-    convert_folder(task, PickledTensors)
-    expected = contents(tmp_path / "whole")
-    assert len(chunks_of(tmp_path / "whole/dit/blocks.ffn.inner.weight.values")) == 4
-    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
-    kept: dict[Path, os.stat_result] = {}
-    for point, count in (("record", 3), ("record", 160), ("rename", 1)):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, point, str(count), source.wan, source.lora, out],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
-        )  # fmt: skip
-        assert done.returncode == -signal.SIGKILL
-        assert not out.exists()
-        for path, before in kept.items():
-            after = path.stat()
-            assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), path
-        chunks = sorted(chunks_of(partial), key=lambda path: path.stat().st_mtime_ns)
-        assert chunks
-        kept = {path: path.stat() for path in chunks[:-2]}  # the last two may not be in the journal yet
-    convert_folder(dataclasses.replace(task, out=out), PickledTensors)
-    assert not partial.exists()
-    assert contents(out) == expected
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_what_was_damaged_since_is_written_anew(source: Published, tmp_path: Path, monkeypatch) -> None:
-    task = task_of(source, tmp_path / "model")
-    with monkeypatch.context() as patch:
-        patch.setattr("lavatar_jax.checkpoints.conversion.os.replace", lambda *paths: _stop())
-        with pytest.raises(KeyboardInterrupt):
-            convert_folder(task, PickledTensors)
-    partial = tmp_path / "model.partial"
-    lines = (partial / JOURNAL).read_bytes().splitlines(keepends=True)
-    first = next(i for i, line in enumerate(lines) if b"dit/blocks.ffn.inner.weight" in line)
-    (partial / JOURNAL).write_bytes(b"".join(lines[: first + 3]) + lines[first + 3][:9])  # torn by a crash
-    chunk = partial / "dit/blocks.ffn.inner.weight/c/0/0/0"
-    content = chunk.read_bytes()
-    chunk.write_bytes(bytes(len(content) - 20) + content[-20:])
-    convert_folder(task, PickledTensors)
-    assert (tmp_path / "model/dit/blocks.ffn.inner.weight/c/0/0/0").read_bytes() == content
-    assert command(inspect_main, tmp_path / "model", "--verify") == 0
-
-
-def _stop() -> None:
-    raise KeyboardInterrupt
-
-
-def test_a_begun_conversion_must_not_change_its_mind(source: Published, tmp_path: Path, monkeypatch) -> None:
-    task = task_of(source, tmp_path / "model")
-    monkeypatch.setattr("lavatar_jax.checkpoints.conversion.os.replace", lambda *paths: _stop())
-    with pytest.raises(KeyboardInterrupt):
-        convert_folder(task, PickledTensors)
-    with pytest.raises(UserError, match=r"model.partial was begun with another --dtype"):
-        convert_folder(dataclasses.replace(task, dtype="fp8"), PickledTensors)
-    with pytest.raises(UserError, match="begun with another --lora and set of source files"):
-        convert_folder(dataclasses.replace(task, lora=source.lora), PickledTensors)
-
-
-# Refused, with nothing written
-
-
-@pytest.fixture
-def broken(source: Published, tmp_path: Path) -> Path:
-    return shutil.copytree(source.wan, tmp_path / "wan")
-
-
-def refused(folder: Path, capsys, *options: str | Path) -> str:
-    """The one line that says why a folder is refused."""
-    out = folder.parent / "out"
-    assert command(convert_main, "--wan", folder, "--out", out, *options) == 2
-    assert not [path for path in folder.parent.iterdir() if path.name.startswith("out")]
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
-def edit_shard(folder: Path, change) -> str:
-    """Changes the tensors of the second shard; -> its name."""
-    name = sorted(folder.glob("diffusion_pytorch_model-*.safetensors"))[1]
-    tensors = load_file(name)
-    change(tensors)
-    save_file(tensors, name)
-    return name.name
-
-
-def edit_config(folder: Path, **changes) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | changes))
-
-
-def test_a_missing_or_truncated_shard_is_named(broken: Path, capsys) -> None:
-    shard = sorted(broken.glob("diffusion_pytorch_model-*.safetensors"))[2]
-    os.truncate(shard, shard.stat().st_size - 10)
-    error = refused(broken, capsys)
-    assert f"{shard} is cut off" in error
-    assert (
-        f"the tensor {max(load_index(broken, shard.name))} is not complete" in error or "the tensor" in error
-    )
-    shard.unlink()
-    error = refused(broken, capsys)
-    assert f"{shard}: this shard is missing" in error
-    assert next(iter(load_index(broken, shard.name))) in error
-
-
-def load_index(folder: Path, shard: str) -> list[str]:
-    placed = json.loads((folder / published.INDEX).read_text())["weight_map"]
-    return [key for key, name in placed.items() if name == shard]
-
-
-def test_a_wrong_shape_dtype_or_name_is_named(broken: Path, source: Published, capsys) -> None:
-    key = "blocks.1.ffn.0.weight"
-
-    def narrow(tensors: dict) -> None:
-        tensors[key] = tensors[key][:, :-1].copy()
-
-    name = edit_shard(broken, lambda tensors: None)
-    assert key in load_index(broken, name)
-    edit_shard(broken, narrow)
-    assert f"{name}: the tensor {key} has shape [48, 31], expected [48, 32]" in refused(broken, capsys)
-    edit_shard(broken, lambda tensors: tensors.update({key: np.zeros((48, 32), np.int32)}))
-    assert f"{name}: the tensor {key} has dtype int32" in refused(broken, capsys)
-    edit_shard(broken, lambda tensors: tensors.pop(key))
-    assert f"{name} does not hold the tensor {key}" in refused(broken, capsys)
-    edit_shard(broken, lambda tensors: tensors.update({key: source.dit[key], "odd": np.zeros(3)}))
-    assert f"{name} holds the tensor odd" in refused(broken, capsys)
-    codes = np.zeros((48, 32), ml_dtypes.float8_e4m3fn)  # what they mean is in a scale that is elsewhere
-    edit_shard(broken, lambda tensors: (tensors.pop("odd"), tensors.update({key: codes})))
-    assert f"{name}: the tensor {key} has dtype float8_e4m3fn" in refused(broken, capsys)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "WanModel"}, "the architecture 'WanModel' is not supported"),
-        ({"enable_motioner": True}, "enable_motioner True is not supported"),
-        ({"adain_mode": "other"}, "adain_mode 'other' is not supported"),
-        ({"new_trick": True}, "the setting new_trick True is unknown"),
-        ({"num_heads": 3}, "must split into 3 heads"),
-        ({"num_layers": 5}, "the tensor blocks.4.cross_attn.k.weight is missing"),
-        ({"text_dim": 25}, "the transformer's text_dim is 25, its encoder gives 24"),
-        ({"cond_dim": 8}, "in_dim, out_dim and cond_dim differ"),
-    ],
-)
-def test_another_architecture_is_refused(broken: Path, capsys, change: dict, message: str) -> None:
-    edit_config(broken, **change)
-    error = refused(broken, capsys)
-    assert message in error
-    assert (
-        "config.json" in error or "diffusion_pytorch_model" in error or "Wan2.2" in error or "wan:" in error
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", published.VAE, published.TEXT, f"{published.SPEECH}/config.json",
-             f"{published.SPEECH}/model.safetensors"],
-)  # fmt: skip
-def test_a_missing_file_is_named(broken: Path, capsys, name: str) -> None:
-    (broken / name).unlink()
-    assert str(broken / name) in refused(broken, capsys)
-
-
-def test_code_in_a_pickle_is_refused_and_not_run(broken: Path, capsys) -> None:
-    torch = pytest.importorskip("torch")
-    target = broken.parent / "was_run"
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(target),)
-
-    torch.save({"encoder.conv1.weight": Evil()}, broken / published.VAE)
-    error = refused(broken, capsys)
-    assert published.VAE in error
-    assert "refused" in error
-    assert not target.exists()
-
-
-def test_wrong_options_and_adapters(broken: Path, source: Published, capsys, tmp_path: Path) -> None:
-    assert "need the adapters" in refused(broken, capsys, "--keep-lora")
-    assert "exclude each other" in refused(broken, capsys, "--keep-lora", "--merge-lora")
-    assert "--dtype fp8" in refused(broken, capsys, "--per-channel")
-    other = tmp_path / "other.safetensors"
-    assert "no such file" in refused(broken, capsys, "--lora", other)
-    save_file({"nothing": np.zeros(3, np.float32)}, other)
-    assert "other.safetensors" in refused(broken, capsys, "--lora", other)
-    tensors = load_file(source.lora)
-    key = next(key for key in tensors if "lora_B" in key)
-    save_file(tensors | {key: np.zeros(tensors[key].shape, np.int8)}, other)
-    assert f"{key} has dtype int8" in refused(broken, capsys, "--lora", other)
-
-
-def test_a_full_disk_and_an_existing_result_are_told_before(broken: Path, capsys, monkeypatch) -> None:
-    usage = shutil._ntuple_diskusage(10, 10, 1000) if hasattr(shutil, "_ntuple_diskusage") else None
-    monkeypatch.setattr("lavatar_jax.checkpoints.conversion.shutil.disk_usage", lambda place: usage)
-    assert "0.0 GB of free space" in refused(broken, capsys)
-    monkeypatch.undo()
-    (broken.parent / "file").touch()
-    assert command(convert_main, "--wan", broken, "--out", broken.parent / "file" / "model") == 2
-    error = capsys.readouterr().err
-    assert "file/model: cannot be written (Not a directory)" in error
-    assert error.count("\n") == 1
-    (broken.parent / "model").mkdir()
-    assert command(convert_main, "--wan", broken, "--out", broken.parent / "model") == 2
-    assert "exists already" in capsys.readouterr().err
-
-
-# Dry runs
-
-
-def test_a_dry_run_writes_nothing_and_lists_what_does_not_fit(broken: Path, source, capsys) -> None:
-    before = contents(broken.parent)
-    assert command(convert_main, "--wan", broken, "--lora", source.lora, "--dry-run") == 0
-    shown = capsys.readouterr().out
-    for count in ("168", "194", "22", "88", "96"):
-        assert f" {count} " in shown
-    assert contents(broken.parent) == before
-    edit_config(broken, num_layers=5, audio_inject_layers=[0])
-    assert command(convert_main, "--wan", broken, "--dry-run") == 2
-    shown = capsys.readouterr().out
-    assert "the tensor blocks.4.ffn.0.weight is missing" in shown
-    assert "audio_injector.injector.1.q.weight is of a layer" in shown
 
 
 def test_every_tensor_of_the_published_size_has_its_place() -> None:

@@ -1,7 +1,6 @@
 """A session over HTTP and over its WebSocket: media out, microphone and verbs in, wrong messages, the end."""
 
 import asyncio
-import base64
 import errno
 import io
 import json
@@ -22,54 +21,10 @@ import av
 import soundfile
 from starlette.websockets import WebSocketDisconnect
 
-from lavatar_jax.serving import recording, room
 from lavatar_jax.serving.media_ws import AUDIO, HEADER, KEYFRAME, VIDEO
-from lavatar_jax.serving.routes_sessions import recorded
 from tests.serving.conftest import Served, Session, picture, serving, wait_for, wav
 from tests.serving.fake_host import FakeHost, FakeSession
-
-TONE = (8000 * np.sin(np.arange(16_000) / 5)).astype("<i2")
-
-
-class Socket:
-    """The page's side of the WebSocket."""
-
-    def __init__(self, socket) -> None:
-        self._socket = socket
-        self.events: list[dict] = []
-        self.media: list[tuple[int, int, int, float, bytes]] = []
-
-    def receive(self) -> None:
-        message = self._socket.receive()
-        if message["type"] == "websocket.close":
-            raise WebSocketDisconnect(message["code"], message.get("reason"))
-        if message.get("bytes") is not None:
-            kind, flags, zero, number, time_ = HEADER.unpack(message["bytes"][:16])
-            assert zero == 0
-            self.media.append((kind, flags, number, time_ / 1e6, message["bytes"][16:]))
-        else:
-            self.events.append(json.loads(message["text"]))
-
-    def event(self, kind: str, **about) -> dict:
-        for _ in range(2000):
-            for event in self.events:
-                if event["type"] == kind and about.items() <= event.items():
-                    self.events.remove(event)
-                    return event
-            self.receive()
-        raise AssertionError(f"no {kind}")
-
-    def say(self, **message) -> None:
-        self._socket.send_text(json.dumps(message))
-
-    def watch(self, seconds: float) -> None:
-        start = len([m for m in self.media if m[0] == AUDIO])
-        while len([m for m in self.media if m[0] == AUDIO]) < start + seconds * 25:
-            self.receive()
-
-
-def speak(**changes) -> dict:
-    return {"type": "agent.speak", "audio": base64.b64encode(TONE.tobytes()).decode()} | changes
+from tests.serving.sockets import TONE, Socket, speak
 
 
 def test_what_a_session_tells_about_itself(served: Served) -> None:
@@ -333,7 +288,6 @@ def test_a_client_that_does_not_read_disturbs_nobody(served: Served) -> None:
 
 
 async def _never(data: bytes) -> None:
-    import asyncio
 
     await asyncio.sleep(3.0)
 
@@ -348,113 +302,6 @@ def test_a_session_survives_its_clients_reconnect(tmp_path) -> None:
             assert session.request("GET").json()["state"] == "waiting"
         wait_for(lambda: session.room.reason)
         assert session.room.reason["code"] == "client_gone"
-
-
-def test_recording(served: Served) -> None:
-    session = served.open()
-    assert session.request("GET", "/recording").status_code == 404
-    assert session.request("DELETE", "/recording").status_code == 404
-    assert session.request("POST", "/recording").status_code == 201
-    assert session.request("POST", "/recording").status_code == 409
-    wait_for(lambda: session.request("GET", "/recording").status_code == 200)
-    early = session.request("GET", "/recording")
-    assert early.headers["content-type"] == "video/mp4"
-    assert frames_of(early.content) >= 1  # while it goes on
-    link = session.request("POST", "/recording/link").json()
-    stopped = session.request("DELETE", "/recording").json()
-    assert stopped["state"] == "off"
-    whole = served.client.get(link["url"])  # without any header
-    assert "attachment" in whole.headers["content-disposition"]
-    assert frames_of(whole.content) == pytest.approx(25 * stopped["seconds"], abs=1)
-    assert served.client.get(link["url"]).status_code == 404  # once
-    path = session.room.recording.path
-    assert session.request("DELETE").status_code == 204
-    assert session.request("GET", "/recording").status_code == 200
-    served.call(session.room.forget)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("change", ["grows", "is replaced", "begins again"])
-def test_a_recording_that_changes_while_it_is_sent(served: Served, change: str) -> None:
-    """As many bytes are sent as were announced."""
-    session = served.open(options={"record": True})
-    wait_for(lambda: session.request("GET", "/recording").status_code == 200)
-    session.request("DELETE", "/recording")
-    path, sent = session.room.recording.path, []
-    before = path.read_bytes()
-
-    async def send(message: dict) -> None:
-        sent.append(message)
-
-    async def receive() -> dict:
-        await asyncio.Event().wait()
-        return {}
-
-    async def download() -> None:
-        answer = await recorded(session.room)
-        if change == "grows":
-            path.write_bytes(before + b"more")
-        elif change == "is replaced":
-            (path.parent / "signed").write_bytes(b"signed")
-            os.replace(path.parent / "signed", path)
-        else:
-            session.room.record()
-        await answer({"type": "http", "method": "GET", "headers": []}, receive, send)
-
-    served.call(download)
-    start, *pieces = sent
-    assert dict(start["headers"])[b"content-length"] == b"%d" % len(before)
-    assert b"".join(piece["body"] for piece in pieces) == before
-
-
-def test_the_recording_is_complete_when_the_end_is_told(served: Served) -> None:
-    """Its client asks for it at once."""
-    session = served.open(options={"record": True})
-    with session.stream() as raw:
-        socket = Socket(raw)
-        wait_for(lambda: session.room.recording.bytes)
-        session.room._sign = lambda path: time.sleep(0.5)
-        socket.say(type="session.close")
-        socket.event("session.closed")
-        assert session.room.recording.signed
-
-
-def test_a_recording_that_is_still_being_completed_is_waited_for(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "COMPLETING", 0.1)
-    session = served.open(options={"record": True})
-    with session.stream() as raw:
-        socket = Socket(raw)
-        wait_for(lambda: session.room.recording.bytes)
-        session.room._sign = lambda path: (time.sleep(1.0), path.write_bytes(b"signed"))
-        socket.say(type="session.close")
-        socket.event("session.closed")
-        assert not session.room.recording.signed  # nobody waits for ever to hear of the end
-        assert session.request("GET", "/recording").content == b"signed"
-
-
-def frames_of(data: bytes) -> int:
-    with av.open(io.BytesIO(data)) as file:
-        return sum(1 for _ in file.decode(video=0))
-
-
-def test_a_full_disk_ends_the_recording_and_nothing_else(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(recording._Appended):
-        def write(self, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(recording, "_Appended", Full)
-    session = served.open(options={"record": True})
-    with session.stream() as raw:
-        socket = Socket(raw)
-        failed = socket.event("recording.failed")["error"]
-        assert "disk is full" in failed["message"]
-        assert "/" not in failed["message"]
-        socket.watch(0.5)
-    assert session.request("GET").json()["recording"]["state"] == "failed"
 
 
 def test_clients_are_told_when_the_server_stops(served: Served) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("aiortc")
 
 from lavatar_jax.serving import speech
 from tests.serving.conftest import Served, Session, serving, wait_for, wav
-from tests.serving.test_sessions import Socket
+from tests.serving.sockets import Socket
 
 
 class SlowTts:
