@@ -27,7 +27,7 @@ from lavatar_jax.types import BlockInput, Conditions
 Floats = NDArray[np.float32]
 
 FIRST_CLIP = 1000  # held-out clips below are for looking during training
-CONTEXT = 2  # blocks before a decoded one that the VAE's causal layers look at
+CONTEXT = 10  # blocks before a decoded one: all that the causal layers of the small VAE look at
 
 
 def with_sampling(avatar: Avatar, *, block_frames: int | None = None, **changes: object) -> Avatar:
