@@ -73,17 +73,12 @@ class RunCheckpoints:
         """Write `state` (its `step` names the checkpoint) and the data iterator's state; no-op if present.
 
         With several processes all must call it; each keeps its own iterator's state. Returns when the arrays
-        are copied, so that they may be donated. Raises UserError when the best is to be kept by a number that
-        `metrics` lacks.
+        are copied, so that they may be donated. A state whose `metrics` lack the number that decides on the
+        best is not the best.
         """
         step = int(jax.device_get(state.step))
         if step in self.manager.all_steps():
             return
-        if metrics is not None and self.config.best is not None and self.config.best not in metrics:
-            raise UserError(
-                f"--checkpoint.best {self.config.best}: the evaluation has no such number, "
-                f"only {', '.join(metrics)}"
-            )
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(flatten_names(state)), data=ocp.args.JsonSave(_of_all_processes(data))
         )
@@ -160,28 +155,44 @@ class RunCheckpoints:
         self.manager.close()
 
 
-def read_average(
-    run: Path, shardings: Any = None, *, checkpoint: CheckpointConfig | None = None
-) -> dict[str, Any]:
-    """The averaged parameters of a run's newest checkpoint, by dotted parameter name.
+def read_average(run: Path, shardings: Any = None, *, best: bool = False) -> dict[str, Any]:
+    """The averaged parameters of a run's newest checkpoint, or of its `best`, by dotted parameter name.
 
-    `shardings(name, shape)`: where they go; None: to the host, as numpy arrays. `checkpoint` with `best` set
-    takes the best one instead. Raises UserError for a folder that is no run.
+    `shardings(name, shape)`: where they go; None: to the host, as numpy arrays. Raises UserError for a folder
+    that is no run, or keeps no best.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a training run: it has no checkpoints folder")
-    checkpoints = RunCheckpoints(folder, checkpoint)
+    step = best_step(run) if best else None
+    checkpoints = RunCheckpoints(folder)
     prefix = ".average['"
 
     def place(name: str, shape: tuple[int, ...]) -> Any:
         return shardings(name[len(prefix) : -2], shape)
 
-    found = checkpoints.read(checkpoints.best_step(), prefix, place if shardings else None)
+    found = checkpoints.read(step, prefix, place if shardings else None)
     checkpoints.close()
     return {
         name[len(prefix) : -2]: value if shardings else np.asarray(value) for name, value in found.items()
     }
+
+
+def best_step(run: Path) -> int:
+    """The step of the best checkpoint of a run, by the number that its `config.json` names.
+
+    Raises UserError where it keeps none.
+    """
+    path = run / "config.json"
+    config = json.loads(path.read_text()).get("checkpoint", {}) if path.is_file() else {}
+    step = None
+    if config.get("best") is not None and (run / "checkpoints").is_dir():
+        checkpoints = RunCheckpoints(run / "checkpoints", CheckpointConfig(**config))
+        step = checkpoints.best_step()
+        checkpoints.close()
+    if step is None:
+        raise UserError(f"{run} keeps no best checkpoint: take the newest, or train with --checkpoint.best")
+    return step
 
 
 def newest_step(run: Path) -> int | None:

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import newest_step
+from lavatar_jax.checkpoints.runs import best_step, newest_step
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
@@ -72,11 +72,12 @@ class PredictionsConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderRun(Run):
     """Everything that `train.py` can set. `init`: the VAE run that `data` was encoded with; `dit`: a run of
-    stage 1 or 2 whose predictions are drawn."""
+    stage 1 or 2 whose predictions are drawn, `dit_best`: at its best checkpoint, not the newest."""
 
     out: str = "runs/decoder"
     init: str | None = "runs/vae"
     dit: str = "runs/distill"
+    dit_best: bool = False
     model: VAEConfig
     data: LatentsConfig
     predictions: PredictionsConfig
@@ -87,14 +88,15 @@ class DecoderRun(Run):
         return make_vae(self.model, rngs=rngs)
 
 
-def load_dit(run: str | Path) -> CausalDiT:
-    """The averaged transformer of a run of stage 1 or 2, with its adapters merged. Raises UserError."""
+def load_dit(run: str | Path, *, best: bool = False) -> CausalDiT:
+    """The averaged transformer of a run of stage 1 or 2, with its adapters merged; `best`: at its best
+    checkpoint, not the newest. Raises UserError."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
     values = json.loads(path.read_text())
     config = config_from_dict(DiTConfig, values["model"])
-    return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs))
+    return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs), best=best)
 
 
 def predict_clips(
@@ -147,7 +149,7 @@ def prepare_predictions(config: DecoderRun) -> None:
     )
     if kept.done >= given.clips:
         return
-    dit = load_dit(config.dit)
+    dit = load_dit(config.dit, best=config.dit_best)
     write_note(Path(given.folder) / NOTE, made_by)
     predict = jax.jit(functools.partial(predict_clips, sigma=sigma))
     look = jax.jit(lambda identity, motion: attention_map(identity, motion, size))
@@ -177,7 +179,8 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
     """A folder keeps predictions of one network, as it was at one step of its training, of the same noise.
 
     Returns the note of these. Raises UserError where the folder's are others."""
-    folder, step = Path(config.predictions.folder), newest_step(Path(config.dit))
+    folder, run = Path(config.predictions.folder), Path(config.dit)
+    step = best_step(run) if config.dit_best else newest_step(run)
     made_by = {
         "dit": config.dit,
         "latents": config.data.folder,
@@ -191,7 +194,7 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
     what = {
         "dit": f"of {found}, not of {wanted}",
         "latents": f"for {found}, not for {wanted}",
-        "step": f"of step {found} of {config.dit}, which is at step {wanted} now",
+        "step": f"of step {found} of {config.dit}, not of its step {wanted}",
         "sigma": f"at noise level {found}, not {wanted} (--sampling)",
         "seed": f"of --predictions.seed {found}, not {wanted}",
     }[name]
@@ -278,7 +281,9 @@ def train_decoder(config: DecoderRun) -> TrainState:
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
-    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed)
+    weights = initial_weights(
+        config.make, mesh, init=config.init, init_best=config.init_best, seed=train.seed
+    )
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)

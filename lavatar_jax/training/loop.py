@@ -139,23 +139,33 @@ def fit(
         batches: dicts of numpy arrays [B, ...], of which each process takes the part that its devices need;
             `record` [B] names the samples.
         mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
-        evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best.
+        evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best. Then it
+            runs before the first step too, to see that there is such a number.
         sample: writes pictures or videos of a state into a folder, for the report.
         sample_every: seconds of training from one sample to the checkpoint that takes the next.
         flops: of a step on all devices, for the MFU.
         accepted: runs once it is sure that the run can go on from what is in `out`.
 
-    Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, and
-    when a bad step is to stop the run.
+    Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, when
+    nothing measures what is to choose the best checkpoint, and when a bad step is to stop the run.
     """
     mesh = train_mesh(MeshConfig(data=1), jax.devices()[:1]) if mesh is None else mesh
     check_batch(config, mesh)
+    best = checkpoint.best if checkpoint is not None else None
+    if best is not None and evaluate is None:
+        raise UserError(
+            f"--checkpoint.best {best}: this run measures nothing; only stage 1 does, and only where it "
+            "holds records out (--samples.records)"
+        )
     batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
     shardings = state_shardings(state, mesh)
     state, place = checkpoints.restore(put_tree(state, shardings))
     if place is not None:
         batches.set_state(place)
+    if best is not None and evaluate is not None and best not in (numbers := evaluate(state)):
+        measured = ", ".join(numbers) or "nothing"
+        raise UserError(f"--checkpoint.best {best}: no such number is measured, only {measured}")
     if accepted is not None:
         accepted()
     frozen = put_tree(frozen, state_shardings(frozen, mesh))
@@ -175,6 +185,8 @@ def fit(
             if numbers is not None:
                 run.log.evaluation(run.step, run.seconds, numbers)
             checkpoints.save(whole, batches.get_state(), numbers)
+            if best is not None and best not in (numbers or {}):  # as where records can no longer be read
+                run.log.say(f"{best} was not measured at step {run.step}, which cannot be the best")
             if sample is not None and (run.done >= 1.0 or run.seconds >= sampled_at + sample_every):
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"

@@ -1,5 +1,6 @@
 """Folders of training runs with any averaged parameters, without the training."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lavatar_jax.checkpoints.runs import CheckpointConfig, RunCheckpoints
+from lavatar_jax.checkpoints.runs import RunCheckpoints
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.run import Run, write_config
 from lavatar_jax.training.state import create_state
 from lavatar_jax.training.weights import LoraConfig, abstract_weights
 
 
-def write_run(run: Run, params: Mapping[str, Any]) -> Path:
-    """`config.json` and a checkpoint, as after step 0."""
+def write_run(
+    run: Run, params: Mapping[str, Any], *, step: int = 0, metrics: Mapping[str, float] | None = None
+) -> Path:
+    """`config.json` and a checkpoint, as after a step; `metrics`: what its evaluation said."""
     write_config(run)
     params = {name: jnp.asarray(value) for name, value in params.items()}
     state = create_state(params, make_optimizer(params, config=OptimConfig(kind="adamw")), 0)
-    checkpoints = RunCheckpoints(Path(run.out) / "checkpoints", CheckpointConfig(asynchronous=False))
-    checkpoints.save(state, {})
+    state = dataclasses.replace(state, step=jnp.int32(step))
+    config = dataclasses.replace(run.checkpoint, asynchronous=False)
+    checkpoints = RunCheckpoints(Path(run.out) / "checkpoints", config)
+    checkpoints.save(state, {}, metrics)
     checkpoints.close()
     return Path(run.out)
 

@@ -95,7 +95,7 @@ def test_a_student_that_never_learns_is_noticed_though_its_critic_does():
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Path):
-    quality = {1: 1.0, 2: 5.0, 3: 2.0, 4: float("nan"), 5: 3.0}
+    quality = {0: 9.0, 1: 1.0, 2: 5.0, 3: 2.0, 4: float("nan"), 5: 3.0}
     config = CheckpointConfig(keep=2, best="quality")
     train(
         tmp_path, 5, mesh_of(1, 1, 1), loop=LOOP, begun=fresh(step_fn), save_seconds=0.0, checkpoint=config,
@@ -106,17 +106,44 @@ def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Pat
     assert checkpoints.best_step() == 2
     expected = checkpoints.read(2)[".average['inner.weight']"]
     checkpoints.close()
-    best = read_average(tmp_path, checkpoint=config)["inner.weight"]
+    with pytest.raises(UserError, match="keeps no best checkpoint"):
+        read_average(tmp_path, best=True)
+    (tmp_path / "config.json").write_text(json.dumps({"checkpoint": dataclasses.asdict(config)}))
+    best = read_average(tmp_path, best=True)["inner.weight"]
     np.testing.assert_array_equal(best, expected)
     assert not np.array_equal(best, read_average(tmp_path)["inner.weight"])
 
 
-def test_a_best_number_that_nothing_measures_is_a_clear_error(step_fn: Any, tmp_path: Path):
-    with pytest.raises(UserError, match="no such number"):
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [({}, "no such number is measured, only step_again"), ({"evaluate": None}, "stage 1")],
+)
+def test_a_best_number_that_nothing_measures_is_refused_before_the_first_step(
+    step_fn: Any, tmp_path: Path, measured: dict[str, Any], message: str
+):
+    batches = Batches()
+    with pytest.raises(UserError, match=message):
         train(
-            tmp_path, 1, mesh_of(1, 1, 1), loop=LOOP, begun=fresh(step_fn),
-            checkpoint=CheckpointConfig(best="psnr"),
+            tmp_path, 1, mesh_of(1, 1, 1), loop=LOOP, begun=fresh(step_fn), batches=batches,
+            checkpoint=CheckpointConfig(best="psnr"), **measured,
         )  # fmt: skip
+    assert batches.taken == 0
+
+
+def test_a_best_number_that_is_measured_no_more_costs_no_training(step_fn: Any, tmp_path: Path):
+    def evaluate(state: Any) -> dict[str, float]:  # as when the held-out records cannot be read any more
+        step = int(state.step)
+        return {"quality": 2.0, "other": 1.0} if step == 2 else {"quality": 1.0} if step < 2 else {}
+
+    config = CheckpointConfig(keep=1, best="quality")
+    train(
+        tmp_path, 4, mesh_of(1, 1, 1), loop=LOOP, begun=fresh(step_fn), save_seconds=0.0, checkpoint=config,
+        evaluate=evaluate,
+    )  # fmt: skip
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", config)
+    assert list(checkpoints.manager.all_steps()) == [2, 4]
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
 
 
 def test_adapters_train_and_their_base_stays(tmp_path: Path):
