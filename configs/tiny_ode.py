@@ -1,4 +1,7 @@
-"""Optional, between stages 1 and 2 of the small model: a student that follows its teacher's paths."""
+"""Optional, between stages 1 and 2 of the small model: a student that follows its teacher's paths.
+
+Then `python train.py configs/tiny_distill.py --init runs/ode --teacher runs/dit`.
+"""
 
 from configs.tiny_dit import MODEL, SAMPLING
 from lavatar_jax.training.distill_step import DistillConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -50,7 +51,7 @@ class DistillRun(Run):
 
     out: str = "runs/distill"
     init: str | None = "runs/dit"
-    teacher: str | None = None
+    teacher: str | None = None  # must be told where `init` is itself a student, as of `ode_init`
     teacher_best: bool = False
     model: DiTConfig
     data: LatentsConfig
@@ -126,8 +127,23 @@ def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tupl
     return step_fn, (student, critic)
 
 
+def check_teacher(config: DistillRun) -> None:
+    """Raises UserError where a student, of the ODE stage or of stage 2, would be its own teacher."""
+    path = Path(config.init or "") / "config.json"
+    if config.init is None or config.teacher is not None or not path.is_file():
+        return
+    run = json.loads(path.read_text())
+    if "distill" not in run:  # what runs of both stages have
+        return
+    hint = f"--teacher {run.get('teacher') or run.get('init')}"
+    if config.lora.rank:
+        hint = "train it with --lora.rank too, and start from its teacher with its adapters: --lora.init"
+    raise UserError(f"--init {config.init} is a student, which cannot be the teacher: {hint}")
+
+
 def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Params]:
     """-> (the student's parameters, the critic's, what is frozen). Raises UserError."""
+    check_teacher(config)
     seed, init, init_best = config.train.seed, config.init, config.init_best
     student = initial_weights(
         config.make, mesh, init=init, init_best=init_best, seed=seed, adapters=config.lora

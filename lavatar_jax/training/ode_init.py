@@ -2,7 +2,8 @@
 
 What Self-Forcing's predecessors begin with (CausVid), and an option to compare with: the teacher walks from
 noise to a clip in many small Euler steps; the student, at one of its own few noise levels, learns to tell the
-end of the walk from where it stands. The result is a run like those of stage 1, for `--init` of stage 2.
+end of the walk from where it stands. The result is a run like those of stage 1, for `--init` of stage 2, with
+this stage's teacher as its `--teacher`.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import split_model
 from lavatar_jax.training.weights import LoraConfig, abstract_weights
 from tests.tiny import random_dit
+from tests.training.finished_run import write_run
 from tests.training.painted import PaintedVAE
 from tools.package_model import SAMPLING as SHIPPED_SAMPLING
 from train import load_config
@@ -208,6 +209,24 @@ def test_the_teacher_cannot_be_another_than_the_base_of_adapters(run: DistillRun
     run = dataclasses.replace(run, lora=LoraConfig(rank=2, base="float32"), teacher=run.init)
     with pytest.raises(UserError, match="leave --teacher out"):
         starting_weights(run, train_mesh(run.mesh))
+
+
+def test_a_student_is_not_taken_for_the_teacher(run: DistillRun, tmp_path: Path) -> None:
+    shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    student = OdeRun(**{**shared, "out": str(tmp_path / "ode")})
+    moved = {name: 2 * value for name, value in split_model(random_dit(MODEL))[0].items()}
+    write_run(student, moved)
+    run = dataclasses.replace(run, init=student.out)
+    with pytest.raises(UserError, match=rf"is a student, .*: --teacher {run.data.folder[:-7]}model$"):
+        starting_weights(run, train_mesh(run.mesh))
+    with pytest.raises(UserError, match=r"is a student, .* --lora\.init"):
+        starting_weights(dataclasses.replace(run, lora=LoraConfig(rank=2)), train_mesh(run.mesh))
+    run = dataclasses.replace(run, teacher=student.init)
+    params, critic, teacher = starting_weights(run, train_mesh(run.mesh))
+    for name, value in moved.items():
+        np.testing.assert_array_equal(params[name], value)
+        np.testing.assert_array_equal(2 * teacher[name], value)
+        np.testing.assert_array_equal(critic[name], teacher[name])
 
 
 def load_run(name: str) -> DistillRun:
