@@ -183,7 +183,8 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
 
 def train_distill(config: DistillRun) -> DistillState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
-    mesh, train = train_mesh(config.mesh), config.train
+    train = config.train
+    mesh = train_mesh(config.mesh, samples=train.batch)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)

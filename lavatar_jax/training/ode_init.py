@@ -101,7 +101,8 @@ def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
 
 def train_ode(config: OdeRun) -> TrainState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
-    mesh, train = train_mesh(config.mesh), config.train
+    train = config.train
+    mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)

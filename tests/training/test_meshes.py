@@ -25,13 +25,20 @@ from lavatar_jax.parallel import (
     state_shardings,
     train_mesh,
 )
+from lavatar_jax.training import decoder, diffusion_forcing, distill, ode_init, stages, vae
+from lavatar_jax.training.diffusion_forcing import DiTRun
+from lavatar_jax.training.distill import DistillRun
 from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.ode_init import OdeRun
 from lavatar_jax.training.state import TrainState
+from lavatar_jax.training.vae import VAERun
 from tests.training.toy_run import BATCH, Batches, begin, losses, mesh_of, train
+from train import load_config
 
 pytestmark = pytest.mark.timeout(1800)  # a program for eight devices takes minutes to compile on a busy core
 
 STEPS = 4
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def train_dit(out: Path, mesh: Mesh, **options: Any) -> TrainState:
@@ -138,6 +145,25 @@ def test_a_batch_for_few_devices_leaves_the_others_idle(monkeypatch: pytest.Monk
     assert train_mesh(MeshConfig(fsdp=2), gpus, samples=4).shape == (2, 2, 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert train_mesh(MeshConfig(), gpus, samples=2).shape == (8, 1, 1), "none may be left out"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tiny_*.py")), ids=lambda path: path.stem)
+def test_the_small_recipes_run_on_eight_gpus(path: Path, monkeypatch: pytest.MonkeyPatch):
+    gpus: Any = [SimpleNamespace(platform="gpu") for _ in range(8)]
+    chosen: list[int] = []
+
+    def choose(config: MeshConfig, *, samples: int | None = None) -> None:
+        chosen.append(train_mesh(config, gpus, samples=samples).shape[0])
+        raise UserError("that is enough")
+
+    run = load_config(str(path))
+    stage = {VAERun: vae, DiTRun: diffusion_forcing, DistillRun: distill, OdeRun: ode_init}
+    monkeypatch.setattr(parallel, "Mesh", lambda devices, names: devices)
+    monkeypatch.setattr(stage.get(type(run), decoder), "train_mesh", choose)
+    with pytest.raises(UserError, match="enough"):
+        stages.train(run)
+    assert run.train.batch % chosen[0] == 0
+    assert chosen[0] == min(run.train.batch, 8)
 
 
 def test_missing_devices_are_a_clear_error():
