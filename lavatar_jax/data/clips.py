@@ -124,7 +124,8 @@ class ClipArrays:
 
 
 class ClipSource:
-    """Random access to rows of the arrays in a folder of `ClipArrays` (a grain data source).
+    """Random access to rows of the arrays in a folder of `ClipArrays` (a grain data source), as dicts of the
+    arrays and `record`, the number of the row.
 
     Worker processes open the files anew.
     """
@@ -136,7 +137,9 @@ class ClipSource:
         clips: slice = slice(None),
     ) -> None:
         self._opened = (folder, names, clips)
-        self.arrays = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r")[clips] for name in names}
+        whole = {name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names}
+        self.arrays = {name: array[clips] for name, array in whole.items()}
+        self._numbers = np.arange(len(whole["video"]), dtype=np.int32)[clips]
 
     def __reduce__(self) -> tuple[type[ClipSource], tuple[object, ...]]:
         return type(self), self._opened
@@ -145,7 +148,7 @@ class ClipSource:
         return len(self.arrays["video"])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: array[index] for name, array in self.arrays.items()}
+        return {name: array[index] for name, array in self.arrays.items()} | {"record": self._numbers[index]}
 
 
 def random_crop(
@@ -168,12 +171,13 @@ def random_crop(
     video = video[:, top : top + size, left : left + size]
     if rng.random() < 0.5:
         video, weight = video[:, :, ::-1], weight[:, :, ::-1]
-    return {"video": np.ascontiguousarray(video), "weight": np.ascontiguousarray(weight)}
+    arrays = {"video": np.ascontiguousarray(video), "weight": np.ascontiguousarray(weight)}
+    return arrays | {"record": clip["record"]}
 
 
 def clip_batches(config: ClipsConfig, *, crops: int, whole: int, workers: int = 0) -> Batches:
-    """Endless batches `{"video": uint8 [B, T, H, W, 3], "weight": uint8 [B, T, H/4, W/4]}` of both kinds:
-    `crops` windows, or `whole` clips."""
+    """Endless batches of both kinds, `crops` windows or `whole` clips: `video` uint8 [B, T, H, W, 3],
+    `weight` uint8 [B, T, H/4, W/4], and `record` int32 [B], the numbers of the clips."""
     source = ClipSource(config.folder)
 
     def samples(size: int, frames: int, seed: int) -> grain.MapDataset:

@@ -217,7 +217,7 @@ def random_window(
     for name, scale in (("video", pixels), ("weight", pixels // WEIGHT_STRIDE)):
         rows, columns = (slice(scale * first, scale * (first + cells)) for first in (top, left))
         result[name] = clip[name][shown, rows, columns]
-    return {name: np.ascontiguousarray(array) for name, array in result.items()}
+    return {name: np.ascontiguousarray(array) for name, array in result.items()} | {"record": clip["record"]}
 
 
 def predicted_clips(config: PredictionsConfig, clips: slice) -> ClipSource:
@@ -228,8 +228,8 @@ def predicted_clips(config: PredictionsConfig, clips: slice) -> ClipSource:
 def window_batches(
     config: PredictionsConfig, past: int, held_out: int = 0, *, batch: int, workers: int = 0
 ) -> Batches:
-    """Endless batches of windows of all clips but the last `held_out`: `latent` [B, 2 past, c, c, Z], `video`
-    and `weight` as `data.clips`."""
+    """Endless batches of windows of all clips but the last `held_out`: `latent` [B, 2 past, c, c, Z], and
+    `video`, `weight` and `record` as `data.clips`."""
     cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth)
     source = predicted_clips(config, slice(config.clips - held_out))
     clips = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat(EPOCHS).random_map(cut)

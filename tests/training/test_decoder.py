@@ -27,6 +27,7 @@ from lavatar_jax.training.decoder import (
     PredictionsConfig,
     load_dit,
     predict_clips,
+    predicted_clips,
     prepare_predictions,
     random_window,
     train_decoder,
@@ -93,6 +94,7 @@ def test_a_window_shows_the_frames_of_its_last_latents() -> None:
         "latent": latent,
         "video": frames.repeat(8, axis=1).repeat(8, axis=2),
         "weight": frames.repeat(2, axis=1).repeat(2, axis=2)[..., 1],
+        "record": np.int32(0),
     }
     random, seen = np.random.default_rng(0), set()
     for _ in range(200):
@@ -186,7 +188,33 @@ def test_only_the_decoder_learns(run: DecoderRun) -> None:
     assert all(name.startswith(("decoder", "post_quant")) for name in moved)
     assert read_average(Path(run.out)).keys() == first.keys()
     shapes = {name: array.shape for name, array in next(window_batches(run.predictions, 3, batch=2)).items()}
-    assert shapes == {"latent": (2, 6, 2, 2, 3), "video": (2, 12, 16, 16, 3), "weight": (2, 12, 4, 4)}
+    assert shapes == {
+        "latent": (2, 6, 2, 2, 3),
+        "video": (2, 12, 16, 16, 3),
+        "weight": (2, 12, 4, 4),
+        "record": (2,),
+    }
+
+
+def test_a_bad_step_names_its_clips(run: DecoderRun) -> None:
+    bad = dataclasses.replace(
+        run,
+        loss=VAELossConfig(colour=float("nan")),
+        train=dataclasses.replace(run.train, on_bad_step="stop"),
+    )
+    with pytest.raises(UserError, match=r"step 1 was skipped: loss nan.*, batch of records [012], [012]\."):
+        train_decoder(bad)
+
+
+def test_windows_are_named_by_their_clips(tmp_path: Path) -> None:
+    numbers = np.arange(4)
+    np.save(tmp_path / "latent.npy", np.zeros((4, 2, 6, 4, 4, 3), np.float16))
+    np.save(tmp_path / "video.npy", np.broadcast_to(numbers[:, None, None, None, None], (4, 21, 32, 32, 3)))
+    np.save(tmp_path / "weight.npy", np.zeros((4, 21, 8, 8), np.uint8))
+    config = PredictionsConfig(folder=str(tmp_path), clips=4, cells=2)
+    batch = next(window_batches(config, 3, batch=4))
+    np.testing.assert_array_equal(batch["record"], batch["video"][:, 0, 0, 0, 0])
+    assert predicted_clips(config, slice(3, 4))[0]["record"] == 3
 
 
 def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun) -> None:

@@ -120,6 +120,19 @@ def test_batches_are_crops_and_whole_clips(data: ClipsConfig):
     assert shapes == {(4, 3, 16, 16, 3), (2, 5, 32, 32, 3)}
 
 
+def test_a_bad_step_names_its_clips(data: ClipsConfig, tmp_path: Path):
+    video = np.load(Path(data.folder) / "video.npy")
+    whole = next(clip_batches(dataclasses.replace(data, full_share=1.0), crops=4, whole=2))
+    for clip, record in zip(whole["video"], whole["record"], strict=True):
+        assert any(np.array_equal(clip[:, :, ::way], video[record]) for way in (1, -1))
+    run = VAERun(
+        out=str(tmp_path / "vae"), model=MODEL, data=data, loss=VAELossConfig(kl=float("nan")),
+        train=LoopConfig(steps=2, batch=2, on_bad_step="stop"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"step 1 was skipped: loss nan.*, batch of records \d(, \d)?\."):
+        train_vae(run)
+
+
 def test_two_processes_and_a_worker_share_the_batches_of_one(data: ClipsConfig):
     whole, *halves = (clip_batches(data, crops=4, whole=2, workers=workers) for workers in (0, 0, 1))
     for part, half in enumerate(halves):
