@@ -181,8 +181,10 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
     return streamed + step_flops(clip, lora=lora) + (judged + replayed) / config.distill.update_ratio
 
 
-def train_distill(config: DistillRun) -> DistillState:
-    """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
+def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillState:
+    """Encode clips if needed, then train (or go on with) the student of `config.out`, up to step `stop_at`.
+
+    Raises UserError."""
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
@@ -215,4 +217,5 @@ def train_distill(config: DistillRun) -> DistillState:
         mesh,
         flops=flops,
         sample=sample,
+        stop_at=stop_at,
     )

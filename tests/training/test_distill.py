@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.runs import flatten_names, read_average
 from lavatar_jax.checkpoints.store import save_params
 from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
-from lavatar_jax.parallel import train_mesh
+from lavatar_jax.parallel import MeshConfig, train_mesh
 from lavatar_jax.training import samples
 from lavatar_jax.training.distill import (
     DistillRun,
@@ -29,7 +29,7 @@ from lavatar_jax.training.distill import (
     starting_weights,
     train_distill,
 )
-from lavatar_jax.training.distill_step import DistillConfig, create_distill_state
+from lavatar_jax.training.distill_step import DistillConfig, DistillState, create_distill_state
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
@@ -67,11 +67,10 @@ def broken(run: DistillRun) -> Reward:
     return Reward(lambda _, clip, batch: jnp.full(len(clip), jnp.nan), jnp.ones(()))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> DistillRun:
+def make_run(folder: Path) -> DistillRun:
     """A run on clips of random numbers, from random weights in a model folder."""
     random = np.random.default_rng(0)
-    with ShardWriter(tmp_path / "latents") as writer:
+    with ShardWriter(folder / "latents") as writer:
         for index in range(CLIPS):
             latent = random.normal(size=(*SIZE, 4))
             record = {
@@ -86,15 +85,15 @@ def run(tmp_path: Path) -> DistillRun:
             }
             writer.write(record)
         writer.flush()
-        mean, std = latent_statistics(stored_records(tmp_path / "latents", writer.rows))
+        mean, std = latent_statistics(stored_records(folder / "latents", writer.rows))
         writer.finish(mean=mean, std=std, encoder={})
-    (tmp_path / "model").mkdir()
-    save_params(tmp_path / "model" / "dit.safetensors", random_dit(MODEL), np.float32)
+    (folder / "model").mkdir()
+    save_params(folder / "model" / "dit.safetensors", random_dit(MODEL), np.float32)
     return DistillRun(
-        out=str(tmp_path / "out"),
-        init=str(tmp_path / "model"),
+        out=str(folder / "out"),
+        init=str(folder / "model"),
         model=MODEL,
-        data=LatentsConfig(folder=str(tmp_path / "latents"), clips=CLIPS, text_len=3, text_dim=4),
+        data=LatentsConfig(folder=str(folder / "latents"), clips=CLIPS, text_len=3, text_dim=4),
         sampling=SAMPLING,
         rollout=SelfForcingConfig(transition="euler", shift=3.0),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
@@ -103,27 +102,72 @@ def run(tmp_path: Path) -> DistillRun:
         distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0, run_in=1),
         optim=OptimConfig(kind="adamw"),
         critic_optim=OptimConfig(kind="adamw"),
-        train=LoopConfig(steps=4, learning_rate=1e-2, batch=2, ema_decay=0.9, log_every=2),
+        train=LoopConfig(steps=4, learning_rate=1e-2, batch=2, ema_decay=0.9, log_every=1),
     )
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> DistillRun:
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[DistillRun, DistillState]:
+    """A run from its beginning to its end, on one device."""
+    run = make_run(tmp_path_factory.mktemp("trained"))
+    return run, train_distill(run)
+
+
+def logged(run: DistillRun) -> list[dict[str, float]]:
+    """The lines of the steps, without the times."""
+    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
+    clock = ("time", "seconds", "samples_per_second")
+    return [{name: x for name, x in line.items() if name not in clock} for line in lines if "step" in line]
+
+
 def test_student_and_critic_learn_in_turns_and_the_average_is_a_model(
-    run: DistillRun, capsys: pytest.CaptureFixture[str]
+    trained: tuple[DistillRun, DistillState],
 ) -> None:
     before, _ = split_model(random_dit(MODEL))
-    state = train_distill(run)
-    assert "clips of 3 latent frames, the config is made for 12" in capsys.readouterr().err
+    run, state = trained
     assert (int(state.step), int(state.updates)) == (4, 2)
     for params in (state.params, state.critic):
         moved = [name for name in before if np.abs(params[name] - before[name]).max() > 1e-4]
         assert {name.split(".")[0] for name in moved} >= {"blocks", "injectors", "head", "audio_encoder"}
     assert read_average(Path(run.out)).keys() == before.keys()
-    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
-    assert all(
-        np.isfinite(list(filter(lambda x: isinstance(x, float), line.values()))).all() for line in lines
-    )
+    lines = logged(run)
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
     assert lines[-1]["dmd_gradient_norm"] > 0
     np.testing.assert_allclose(state.rewards.weight, 1 - 0.98**2, rtol=1e-4)
+
+
+def test_a_student_goes_on_exactly_between_its_turns(
+    trained: tuple[DistillRun, DistillState], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = trained
+    run = dataclasses.replace(run, out=str(tmp_path / "parts"))
+    stopped = train_distill(run, stop_at=3)
+    assert "clips of 3 latent frames, the config is made for 12" in capsys.readouterr().err
+    assert (int(stopped.step), int(stopped.updates)) == (3, 1)
+    state = train_distill(run)
+    wanted = flatten_names(dataclasses.replace(whole, seconds=state.seconds))
+    for name, value in flatten_names(state).items():
+        np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+    assert logged(run) == logged(trained[0])
+
+
+def test_two_devices_make_the_losses_of_one(trained: tuple[DistillRun, DistillState], tmp_path: Path) -> None:
+    run = dataclasses.replace(trained[0], out=str(tmp_path / "split"), mesh=MeshConfig(fsdp=2))
+    state = train_distill(run)
+    for tree in (state.params, state.critic, state.average):
+        leaf = tree["blocks.ffn.inner.weight"]
+        assert leaf.addressable_shards[0].data.size * 2 == leaf.size
+    for found, expected in zip(logged(run), logged(trained[0]), strict=True):
+        assert found.keys() == expected.keys()
+        # Adam makes whole steps of gradients that are almost nothing, and so of what rounding makes of them.
+        near = 1e-5 if expected["step"] == 1 else 2e-3
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=near, abs=1e-6), name
 
 
 def test_a_student_without_finite_rewards_stays_as_it_was_and_the_step_is_named(run: DistillRun) -> None:
