@@ -1,3 +1,6 @@
+import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -6,13 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lavatar_jax.config import DiTConfig
+from lavatar_jax.checkpoints.runs import CheckpointConfig, best_step, newest_step, read_average
+from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.loader import record_batches
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training import diffusion_forcing
+from lavatar_jax.training.decoder import load_dit
 from lavatar_jax.training.diffusion_forcing import (
     STACKED,
     DiTRun,
@@ -24,11 +30,13 @@ from lavatar_jax.training.diffusion_forcing import (
     train_dit,
 )
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
+from lavatar_jax.training.logs import LOG, RunLog, read_log
 from lavatar_jax.training.loop import LoopConfig
-from lavatar_jax.training.optim import make_optimizer
+from lavatar_jax.training.optim import OptimConfig, make_optimizer
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import create_state, make_train_step, split_model
 from tests.tiny import normal, random_dit, tiny_config
-from train import load_config
+from train import load_config, main
 
 MODEL = DiTConfig(
     layers=2, width=16, heads=2, ffn_width=16, latent_channels=4, patch=2, text_dim=4, text_len=3, freq_dim=8,
@@ -37,6 +45,7 @@ MODEL = DiTConfig(
 )  # fmt: skip
 SIZE = (3, 4, 4)  # latent frames, rows, columns
 CLIPS = 6
+SAMPLING = SamplingConfig(steps=2, motion=False, adapt_sink_after=None, sink_distance=24, ring_blocks=2)
 
 
 @pytest.fixture
@@ -180,6 +189,64 @@ def test_the_loss_falls_on_a_fixed_batch(data: LatentsConfig):
         losses.append(float(metrics["loss"]))
     # The levels are drawn anew each step and the noise cannot be foreseen: it falls to 0.71, never to zero.
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def small_run(folder: Path, data: LatentsConfig) -> DiTRun:
+    return DiTRun(
+        out=str(folder / "whole"),
+        model=MODEL,
+        data=data,
+        loss=ForcingConfig(),
+        sampling=SAMPLING,
+        samples=SamplesConfig(records=1),
+        optim=OptimConfig(kind="adamw"),
+        checkpoint=CheckpointConfig(keep=1, best="held_out_flow", best_mode="min"),
+        train=LoopConfig(steps=4, batch=2, learning_rate=0.01, log_every=1),
+    )
+
+
+CONFIG_FILE = """
+from pathlib import Path
+from lavatar_jax.training.latents import LatentsConfig
+from tests.training.test_diffusion_forcing import small_run
+
+def get_config():
+    return small_run(Path({folder!r}), {data!r})
+"""
+
+
+def test_the_command_trains_stops_at_a_signal_and_goes_on(
+    data: LatentsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(diffusion_forcing, "make_sampler", lambda *arguments: None)  # tested elsewhere
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG_FILE.format(folder=str(tmp_path), data=data))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main([str(config)])
+    say = RunLog.say
+
+    def interrupt(self: RunLog, line: str) -> None:
+        say(self, line)
+        os.kill(os.getpid(), signal.SIGTERM)  # before step 1: it lands when step 2 is on its way
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "say", interrupt)
+        main([str(config), "--out", str(parts)])
+    assert newest_step(parts) == 2
+    main([str(config), "--out", str(parts)])
+    steps = [json.loads(line).get("step") for line in (parts / LOG).read_text().splitlines()]
+    assert [step for step in steps if step] == [1, 2, 3, 4], "nothing was done twice"
+    found, expected = read_average(parts), read_average(whole)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+    lines = list(read_log(whole / LOG))
+    assert [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines if "step" in line)
+    (evaluation,) = [line["evaluation"] for line in lines if "evaluation" in line]
+    assert np.isfinite(evaluation["held_out_flow"])
+    assert best_step(whole) == 4
+    assert load_dit(whole, best=True).config == MODEL
 
 
 def test_missing_latents_are_a_clear_error(tmp_path: Path):
