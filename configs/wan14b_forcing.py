@@ -22,7 +22,13 @@ def get_config() -> DiTRun:
         init="Wan2.2-S2V-14B-jax",
         model=model,
         clip=(21, 90, 50),
-        data=LatentsConfig(folder="shards", clips=0, text_len=model.text_len, text_dim=model.text_dim),
+        data=LatentsConfig(
+            folder="shards",
+            vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
+            clips=0,
+            text_len=model.text_len,
+            text_dim=model.text_dim,
+        ),
         loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0),
         lora=LoraConfig(rank=128, alpha=64.0, base="bfloat16"),
         train=LoopConfig(

@@ -278,7 +278,7 @@ def train_decoder(config: DecoderRun) -> TrainState:
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
-    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed)
+    weights = initial_weights(config.make, mesh, init=config.init, component="vae", seed=train.seed)
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)

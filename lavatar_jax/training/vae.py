@@ -197,7 +197,9 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     def adjust(params: Params) -> Params:
         return gentle_start(params, config.model.latent_channels, jax.random.key(train.seed))
 
-    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adjust=adjust)
+    weights = initial_weights(
+        config.make, mesh, init=config.init, component="vae", seed=train.seed, adjust=adjust
+    )
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from lavatar_jax import lora
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.orbax_store import restore_component
 from lavatar_jax.checkpoints.runs import read_average
-from lavatar_jax.checkpoints.store import DIT, is_converted, load_params, model_folder
+from lavatar_jax.checkpoints.store import is_converted, load_params, model_folder
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import put_tree, state_shardings
 from lavatar_jax.quant import QuantizedWeight, dotted
@@ -76,13 +76,15 @@ def initial_weights(
     *,
     init: str | None,
     seed: int,
+    component: Literal["dit", "vae"] = "dit",
     adapters: LoraConfig | None = None,
     adjust: Callable[[Params], Params] | None = None,
 ) -> Weights[Model]:
     """The weights of a run before its first step, split over `mesh` as `parallel.param_spec` says.
 
-    `make` builds a model with random weights, which `adjust` may change; `init` as in `run.Run`.
-    Raises UserError when `init` is nothing to start from, or of another model.
+    `make` builds a model with random weights, which `adjust` may change; `init` as in `run.Run`; a
+    model folder gives its `component`. Raises UserError when `init` is nothing to start from, or of another
+    model.
     """
     adapters = adapters or LoraConfig()
     abstract = abstract_weights(make, adapters, seed)
@@ -92,7 +94,7 @@ def initial_weights(
     if init is not None:
         base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
         places = {plain_name(name): place for name, place in shardings.items()}
-        stored = _checked(init, _read(init, base, places, make), param_paths(base))
+        stored = _checked(init, _read(init, base, places, make, component), param_paths(base))
         found = {name: stored[plain_name(name)] for name in wanted if plain_name(name) in stored}
     if adapters.init is not None:
         found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
@@ -129,7 +131,9 @@ def plain_name(name: str) -> str:
     return name.removesuffix(".base")
 
 
-def _read(init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any]) -> Params:
+def _read(
+    init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any], component: str
+) -> Params:
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         return shardings.get(plain_name(path.removesuffix(".values")), _anywhere(shardings))
 
@@ -137,8 +141,8 @@ def _read(init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[
         return read_average(Path(init), place)
     folder = model_folder(init)
     if not is_converted(folder):
-        return param_paths(load_params(folder / DIT, lambda: make(nnx.Rngs(0))))
-    stored = restore_component(folder, "dit", base, place)
+        return param_paths(load_params(folder / f"{component}.safetensors", lambda: make(nnx.Rngs(0))))
+    stored = restore_component(folder, component, base, place)
     return param_paths(lora.merge(_dequantized(stored, shardings)))
 
 
