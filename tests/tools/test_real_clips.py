@@ -1,0 +1,127 @@
+"""What happens to one video in a worker, and whose fault it is when that fails."""
+
+import errno
+import itertools
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+
+from lavatar_jax.cli import run
+from lavatar_jax.data.clip_filters import FilterConfig
+from lavatar_jax.errors import UserError
+from tests.tools.videos import still
+from tools import prepare_data, real_clips
+from tools.real_clips import Job, cut_video
+from tools.real_sources import Source
+
+FILTERS = FilterConfig(seconds=(2, 30))
+OPTIONS = ("--blocks", "1", "--motion-frames", "5", "--filters.seconds", "2", "30")
+
+
+def job(video: Path, work: Path, faces: str = "any") -> Job:
+    return Job(Source(video.name, video), work, ((64, 64),), faces, FILTERS)
+
+
+def prepare(folder: Path, out: Path, *args: str) -> int:
+    command = [str(folder), "--out", str(out), *OPTIONS, *args]
+    return run(lambda: prepare_data.main(command))
+
+
+def told(out: Path) -> dict[str, list[str]]:
+    """Why videos that are done with were dropped."""
+    lines = map(json.loads, (out / "videos.jsonl").read_text().splitlines())
+    return {line["name"]: [reason for _, reason in line["dropped"]] for line in lines}
+
+
+@pytest.mark.parametrize("name", ["0.npy", "0.sound.npy"])
+def test_a_full_disk_is_not_the_fault_of_a_video(tmp_path: Path, name: str):
+    folder = tmp_path / "work" / f"{zlib.crc32(b'a.mp4'):08x}"
+    folder.mkdir(parents=True)
+    (folder / name).symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.mp4 could not be prepared \(.*No space left on device"):
+        cut_video(job(still(tmp_path / "a.mp4"), tmp_path / "work"))
+
+
+def test_a_full_disk_ends_the_run_and_the_next_one_takes_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    video = still(tmp_path / "in" / "a.mp4")
+    shutil.copy(video, tmp_path / "in" / "b.mp4")
+    write, out = real_clips._write_pieces, tmp_path / "out"
+
+    def full(path: Path, *args: object) -> None:
+        if path.name == "b.mp4":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *args)
+
+    monkeypatch.setattr(real_clips, "_write_pieces", full)
+    assert prepare(tmp_path / "in", out, "--faces", "any", "--workers", "0") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "b.mp4 could not be prepared ([Errno 28] No space left on device)" in line
+    assert told(out) == {"a.mp4": []}
+    assert not (out / ".work").exists()
+    monkeypatch.setattr(real_clips, "_write_pieces", write)
+    assert prepare(tmp_path / "in", out, "--faces", "any", "--workers", "0") == 0
+    assert told(out) == {"a.mp4": [], "b.mp4": []}
+
+
+def test_a_detector_that_fails_is_not_the_fault_of_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "flaky_detector.py").write_text(
+        "from pathlib import Path\n"
+        "from lavatar_jax.data.face_boxes import whole_picture\n"
+        "def detect(picture):\n"
+        "    if Path(__file__).with_name('mended').exists():\n"
+        "        return whole_picture(picture)\n"
+        "    raise ValueError('no such layer')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "in").mkdir()
+    still(tmp_path / "in" / "a.mp4")
+    command = (tmp_path / "in", tmp_path / "out", "--faces", "flaky_detector:detect", "--workers", "1")
+    assert prepare(*command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.mp4: the face detector flaky_detector:detect failed" in line
+    assert "ValueError: no such layer; flaky_detector.py, line 6" in line
+    assert told(tmp_path / "out") == {}
+    (tmp_path / "mended").touch()
+    assert prepare(*command) == 0
+    assert told(tmp_path / "out") == {"a.mp4": []}
+
+
+def test_a_file_that_is_gone_is_not_a_damaged_one(tmp_path: Path):
+    with pytest.raises(UserError, match="No such file"):
+        cut_video(job(tmp_path / "a.mp4", tmp_path / "work"))
+
+
+def test_what_a_broken_file_does_to_a_decoder_condemns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_codec(*args: object) -> None:
+        raise AttributeError("no codec")
+
+    monkeypatch.setattr(real_clips, "open_media", no_codec)
+    outcome = cut_video(job(still(tmp_path / "a.mp4"), tmp_path / "work"))
+    assert outcome.dropped == [("whole video (AttributeError: no codec)", real_clips.UNREADABLE)]
+
+
+def test_a_video_that_ends_earlier_the_second_time_gives_no_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decode, calls = real_clips._decode, []
+
+    def shorter(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
+        calls.append(path)
+        yield from itertools.islice(decode(path), 60 if len(calls) > 1 else None)
+
+    monkeypatch.setattr(real_clips, "_decode", shorter)
+    outcome = cut_video(job(still(tmp_path / "a.mp4"), tmp_path / "work"))
+    assert [reason for _, reason in outcome.dropped] == [real_clips.UNREADABLE]
+    assert len(calls) == 2
+    assert not outcome.pieces
+    assert not any((tmp_path / "work").iterdir())
