@@ -92,6 +92,12 @@ def main(args: list[str]) -> None:
         motion_frames=options.motion_frames,
         filters=options.filters,
     )
+    longest = options.filters.seconds[1]
+    if longest * FPS < encoder.shortest:
+        raise UserError(
+            f"pieces of at most {longest:g} s (--filters.seconds) give no record, which takes "
+            f"{encoder.shortest / FPS} s (--motion-frames, --blocks, --filters.reference-gap and one frame)"
+        )
     settings = {
         **encoder.about,
         "faces": options.faces,
@@ -105,7 +111,7 @@ def main(args: list[str]) -> None:
         if late := book.forget_uncaptioned(sources):
             print(f"{late} videos have captions now: their records are made again")
         jobs = [
-            Job(source, work, encoder.sizes, options.faces, options.filters)
+            Job(source, work, encoder.sizes, options.faces, options.filters, encoder.shortest)
             for source in sources
             if source.name not in book.known
         ]
@@ -214,8 +220,6 @@ class Book:
                 first = False
             piece.frames.unlink()  # a video's pieces are large
         records = self._earlier[outcome.name] + written
-        if outcome.pieces and not records:
-            outcome.dropped.append(("whole video", "pieces too short for a clip and a reference"))
         for folder in {piece.frames.parent for piece in outcome.pieces}:
             shutil.rmtree(folder, ignore_errors=True)
         self._pending.append(

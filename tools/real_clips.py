@@ -24,7 +24,6 @@ from PIL import Image
 
 from lavatar_jax.data.clip_filters import (
     FPS,
-    SHORT,
     SLOW,
     Box,
     FilterConfig,
@@ -54,6 +53,7 @@ class Job:
     sizes: tuple[tuple[int, int], ...]  # (height, width) that the model takes
     faces: str  # name of the detector
     filters: FilterConfig
+    shortest: int = 1  # frames of a piece that gives a record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +177,11 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
     shown = nearest_frames(times, FPS)
     heard = min(len(shown), -(-len(sound) * FPS // SAMPLE_RATE))
     if heard < len(shown) - FPS:
-        outcome.dropped.append((_where(heard, len(shown)), SOUND_ENDS))
+        outcome.dropped.append((where(heard, len(shown)), SOUND_ENDS))
     shown = shown[:heard]
-    pieces, short = split_shots(find_cuts(survey.thumbnails[shown]), heard, job.filters)
-    outcome.dropped += [(_where(start, stop), SHORT) for start, stop in short]
+    cuts = find_cuts(survey.thumbnails[shown])
+    pieces, short = split_shots(cuts, heard, job.filters, useful=job.shortest)
+    outcome.dropped += [(where(start, stop), reason) for start, stop, reason in short]
     size = nearest_size(*survey.size, job.sizes)
     kept = []
     for start, stop in pieces:
@@ -194,11 +195,12 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
                 kept.append((start, stop, crop, float(np.median([box.height for box in boxes])), samples))
                 continue
             reason = crop
-        outcome.dropped.append((_where(start, stop), reason))
+        outcome.dropped.append((where(start, stop), reason))
     _write_pieces(path, shown, size, kept, folder, outcome)
 
 
-def _where(start: int, stop: int) -> str:
+def where(start: int, stop: int) -> str:
+    """A range of frames, for the report."""
     return f"{start / FPS:.1f} - {stop / FPS:.1f} s"
 
 

@@ -292,6 +292,32 @@ def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp
     assert 2.0 < max(ends) < 3.2
 
 
+def test_what_is_too_short_for_a_record_is_named(
+    cheap_encoder: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8)
+    frames = np.concatenate([picture.repeat(80, axis=0), (picture // 4).repeat(60, axis=0)])
+    film(tmp_path / "in" / "a.mp4", frames, speech(len(frames) / 25))
+    options = ("--faces", "any", *OPTIONS, "--filters.reference-gap", "2")
+    command = (tmp_path / "in", "--out", tmp_path / "out", *options)
+    assert prepare(*command) == 0
+    (video,) = [json.loads(line) for line in (tmp_path / "out" / "videos.jsonl").read_text().splitlines()]
+    # 5 frames of the past, 12 of the clip, 50 of the gap and the reference.
+    assert video["dropped"][0] == ["3.2 - 5.6 s", "shot too short for a record, which takes 2.72 s"]
+    starts = [row["start"] for row in read_manifest(tmp_path / "out")]
+    lost = [place for place, reason in video["dropped"] if reason == "clip without a reference picture"]
+    assert starts == [0.2, 2.6]
+    assert (lost[0], len(lost)) == ("0.7 - 1.2 s", 4)
+    assert "clip without a reference picture" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert prepare(*command, "--filters.seconds", "2", "2.6") == 2
+    assert (
+        "pieces of at most 2.6 s (--filters.seconds) give no record, which takes 2.72 s"
+        in capsys.readouterr().err
+    )
+
+
 def test_odd_names_are_only_names(cheap_encoder: None, tmp_path: Path):
     frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(70, axis=0)
     deep = tmp_path / "in" / ("d" * 120) / ("e" * 120)
