@@ -202,15 +202,17 @@ class Book:
             "w": outcome.width,
             "h": outcome.height,
             "fps": round(outcome.fps, 3),
-            "n_faces": 1,
         }
         written = 0
         for piece in outcome.pieces:
             first = True
+            facts = {"loudness": piece.level_db, **video}
+            if piece.n_faces is not None:
+                facts["n_faces"] = piece.n_faces
             for frame, record in encoder.records(outcome, piece, self._writer.ids):
                 when = {"start": frame / FPS, "end": (frame + encoder.clip_frames) / FPS}
                 try:
-                    self._writer.write(record, **when, loudness=piece.level_db, **video)
+                    self._writer.write(record, **when, **facts)
                 except ValueError as error:  # half precision has an end
                     outcome.dropped.append((f"{record['id']} ({error})", "latents are not finite"))
                     continue

@@ -16,7 +16,6 @@ import traceback
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -65,6 +64,10 @@ class Piece:
     samples: Path
     face: float  # height of the face, pixels of the video
     level_db: float
+    n_faces: int | None = None  # the most that a look saw; None where nothing counts them
+
+
+Cut = tuple[Piece, int, tuple[int, int, int, int], np.ndarray]  # its end, what is cut out, its samples
 
 
 @dataclasses.dataclass
@@ -183,7 +186,7 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
     pieces, short = split_shots(cuts, heard, job.filters, useful=job.shortest)
     outcome.dropped += [(where(start, stop), reason) for start, stop, reason in short]
     size = nearest_size(*survey.size, job.sizes)
-    kept = []
+    kept: list[Cut] = []
     for start, stop in pieces:
         looks = [boxes for frame, boxes in survey.looks.items() if shown[start] <= frame <= shown[stop - 1]]
         samples = _part(sound, start, stop)
@@ -192,11 +195,19 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
             boxes = [found[0] for found in looks if len(found) == 1]
             crop = face_crop(boxes, survey.size, size, job.filters)
             if isinstance(crop, tuple):
-                kept.append((start, stop, crop, float(np.median([box.height for box in boxes])), samples))
+                piece = Piece(
+                    start,
+                    folder / f"{start}.npy",
+                    folder / f"{start}.sound.npy",
+                    face=float(np.median([box.height for box in boxes])),
+                    level_db=_level(samples),
+                    n_faces=None if job.faces == "any" else max(map(len, looks)),
+                )
+                kept.append((piece, stop, crop, samples))
                 continue
             reason = crop
         outcome.dropped.append((where(start, stop), reason))
-    _write_pieces(path, shown, size, kept, folder, outcome)
+    _write_pieces(path, shown, size, kept, outcome)
 
 
 def where(start: int, stop: int) -> str:
@@ -276,21 +287,20 @@ def _sound_in_step(path: Path, survey: Survey) -> np.ndarray:
 
 
 def _write_pieces(
-    path: Path, shown: np.ndarray, size: tuple[int, int], kept: list[Any], folder: Path, outcome: Outcome
+    path: Path, shown: np.ndarray, size: tuple[int, int], kept: list[Cut], outcome: Outcome
 ) -> None:
     """Decode again and write the cut-out frames of the pieces, one after the other, to files.
 
     Raises OSError. (Through a memory map a full disk would kill the process instead.)
     """
     frames = _frames_at(path, shown)
-    for start, stop, (top, left, height, width), face, samples in kept:
-        piece = Piece(start, folder / f"{start}.npy", folder / f"{start}.sound.npy", face, _level(samples))
+    for piece, stop, (top, left, height, width), samples in kept:
         np.save(piece.samples, samples)
         with open(piece.frames, "wb") as file:
-            about = {"descr": "|u1", "fortran_order": False, "shape": (stop - start, *size, 3)}
+            about = {"descr": "|u1", "fortran_order": False, "shape": (stop - piece.start, *size, 3)}
             np.lib.format.write_array_header_1_0(file, about)
             for position, frame in frames:
-                if position < start:
+                if position < piece.start:
                     continue
                 picture = Image.fromarray(_upright(frame)[top : top + height, left : left + width])
                 scaled = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)

@@ -35,6 +35,7 @@ from lavatar_jax.data.shards import (
     read_dataset,
     stored_records,
 )
+from lavatar_jax.data.skipped import SKIPPED
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
@@ -265,5 +266,5 @@ def open_training(
     `held_out` records.
     """
     first_process_only(lambda: prepare_latents(data))
-    source = open_latents(data, skipped_log=out / "skipped_records.jsonl", held_out=held_out)
+    source = open_latents(data, skipped_log=out / SKIPPED, held_out=held_out)
     return source, record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)

@@ -13,6 +13,7 @@ import pytest
 
 from lavatar_jax.cli import run
 from lavatar_jax.data.clip_filters import FilterConfig
+from lavatar_jax.data.shards import read_manifest
 from lavatar_jax.errors import UserError
 from tests.tools.videos import still
 from tools import prepare_data, real_clips
@@ -125,3 +126,22 @@ def test_a_video_that_ends_earlier_the_second_time_gives_no_pieces(
     assert len(calls) == 2
     assert not outcome.pieces
     assert not any((tmp_path / "work").iterdir())
+
+
+def test_the_manifest_tells_the_faces_that_were_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "counting_detector.py").write_text(
+        "from lavatar_jax.data.face_boxes import whole_picture\n"
+        "looks = 0\n"
+        "def detect(picture):\n"
+        "    global looks\n"
+        "    looks += 1\n"
+        "    return whole_picture(picture) * (2 if looks == 3 else 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "in").mkdir()
+    still(tmp_path / "in" / "a.mp4")
+    options = ("--workers", "0", "--filters.crowd-share", "0.2")
+    assert prepare(tmp_path / "in", tmp_path / "out", "--faces", "counting_detector:detect", *options) == 0
+    assert {row["n_faces"] for row in read_manifest(tmp_path / "out")} == {2}
+    assert prepare(tmp_path / "in", tmp_path / "any", "--faces", "any", *options) == 0
+    assert not any("n_faces" in row for row in read_manifest(tmp_path / "any"))
