@@ -4,18 +4,20 @@ import errno
 import itertools
 import json
 import shutil
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from lavatar_jax.cli import run
 from lavatar_jax.data.clip_filters import FilterConfig
 from lavatar_jax.data.shards import read_manifest
 from lavatar_jax.errors import UserError
-from tests.tools.videos import still
+from tests.tools.videos import film, speech, still
 from tools import prepare_data, real_clips
 from tools.real_clips import Job, cut_video
 from tools.real_sources import Source
@@ -145,3 +147,33 @@ def test_the_manifest_tells_the_faces_that_were_counted(tmp_path: Path, monkeypa
     assert {row["n_faces"] for row in read_manifest(tmp_path / "out")} == {2}
     assert prepare(tmp_path / "in", tmp_path / "any", "--faces", "any", *options) == 0
     assert not any("n_faces" in row for row in read_manifest(tmp_path / "any"))
+
+
+def turn(video: Path, quarters: int) -> None:
+    """Let players turn an MP4's picture clockwise, as phones do: by the matrix in its track header."""
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
+    matrix = struct.pack(">9i", *(one << 16 for one in (cos, sin, 0, -sin, cos, 0, 0, 0)), 1 << 30)
+    data = bytearray(video.read_bytes())
+    header = data.index(b"tkhd")  # the picture's track is the first
+    place = header + 44  # name 4, flags 4, times and number 20, layer, group and volume 16
+    assert data[place : place + 4] == struct.pack(">i", 1 << 16)  # not turned so far
+    data[place : place + 36] = matrix
+    video.write_bytes(data)
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_phone_videos_are_turned_as_players_do(tmp_path: Path, quarters: int):
+    """Red, green, blue and white in the corners of an upright picture, filmed as the phone was held."""
+    corners = np.array([[[200, 20, 20], [20, 200, 20]], [[20, 20, 200], [230, 230, 230]]], np.uint8)
+    upright = corners.repeat(96, axis=0).repeat(64, axis=1)
+    filmed = np.rot90(upright, quarters)  # players turn it back, clockwise
+    video = film(tmp_path / "phone.mp4", filmed[None].repeat(70, axis=0), speech(2.8))
+    turn(video, quarters)
+    outcome = cut_video(job(video, tmp_path / "work"))
+    assert (outcome.dropped, outcome.width, outcome.height) == ([], 128, 192)
+    (piece,) = outcome.pieces
+    frames = np.load(piece.frames).astype(int)
+    assert frames.shape == (70, 64, 64, 3)
+    # The cut is square, from the middle of the picture: all four colours are in it.
+    seen = frames[:, [[8, 8], [56, 56]], [[8, 56], [8, 56]]]
+    assert np.abs(seen - corners).max() < 30
