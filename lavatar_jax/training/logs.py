@@ -65,7 +65,9 @@ class RunLog:
             jax.profiler.stop_trace()
         if self.first:
             if skipped := self._skipped():
-                self.say(f"{skipped} training records could not be read; {self.out / SKIPPED} names them")
+                self.say(
+                    f"training records that could not be read: {skipped}; {self.out / SKIPPED} names them"
+                )
             self._file.close()
             if self._board is not None:
                 self._board.close()
