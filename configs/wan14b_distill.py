@@ -30,7 +30,13 @@ def get_config() -> DistillRun:
         init="Wan2.2-S2V-14B-jax",
         model=model,
         clip=(21, 90, 50),
-        data=LatentsConfig(folder="shards", clips=0, text_len=model.text_len, text_dim=model.text_dim),
+        data=LatentsConfig(
+            folder="shards",
+            vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
+            clips=0,
+            text_len=model.text_len,
+            text_dim=model.text_dim,
+        ),
         sampling=PAPER,
         rollout=SelfForcingConfig(transition="renoise", shift=5.0, grad_frames=21),
         score=ScoreConfig(kind="bidirectional", without_audio="zeros", without_text="zeros"),

@@ -1,8 +1,9 @@
 """Stage 1 at full size: diffusion forcing of Wan2.2-S2V-14B by adapters, 84 frames of 720 x 400 pixels.
 
-Method section 4: rank 128, alpha 64, one clip on each of 128 devices, 25,000 steps. The published VAE stays
-as it is, so there is no stage 0. `init` is the converted checkpoint (tools/convert.py), `data.folder` holds
-shards of tools/prepare_data.py. On fewer devices: `--train.accumulate`, `--mesh.fsdp`; see `--plan`.
+Method section 4: rank 128, alpha 64, one clip on each of 128 devices, 25,000 steps. The published VAE
+stays as it is: stage 0 (wan14b_vae.py) is for those who want another decoder. `init` is the converted
+checkpoint (tools/convert.py), `data.folder` holds shards of tools/prepare_data.py. On fewer devices:
+`--train.accumulate`, `--mesh.fsdp`; see `--plan`.
 """
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig
@@ -22,7 +23,13 @@ def get_config() -> DiTRun:
         init="Wan2.2-S2V-14B-jax",
         model=model,
         clip=(21, 90, 50),
-        data=LatentsConfig(folder="shards", clips=0, text_len=model.text_len, text_dim=model.text_dim),
+        data=LatentsConfig(
+            folder="shards",
+            vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
+            clips=0,
+            text_len=model.text_len,
+            text_dim=model.text_dim,
+        ),
         loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0),
         lora=LoraConfig(rank=128, alpha=64.0, base="bfloat16"),
         train=LoopConfig(

@@ -25,7 +25,7 @@ from lavatar_jax.training.latents import LatentsConfig, load_vae
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    vae: str  # run of stage 0; a fine-tuned decoder counts, as long as the latents are the same
+    vae: str  # run of stage 0 or of its decoder (the latents must be the same), or a model folder
     dit: str  # run of stage 1, of its ODE student, or of stage 2; adapters are merged
     best: bool = False  # take `dit` at the best checkpoint that it kept (--checkpoint.best), not the newest
     out: str = "lavatar_jax/weights/tiny"

@@ -9,6 +9,7 @@ that came later (not changed ones: they, other filters and other faces need anot
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -37,20 +38,9 @@ from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.records import file_name
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter, write_text
-from lavatar_jax.errors import UserError
-from tools.real_clips import (
-    CRASHED,
-    NO_CAPTION,
-    VIDEOS,
-    Interrupted,
-    Job,
-    Outcome,
-    Source,
-    cut_video,
-    find_sources,
-    read_caption,
-    start_worker,
-)
+from lavatar_jax.errors import UserError, write_errors
+from tools.real_clips import CRASHED, Interrupted, Job, Outcome, cut_video, start_worker
+from tools.real_sources import NO_CAPTION, VIDEOS, Source, find_sources, read_caption
 
 if TYPE_CHECKING:
     from tools.real_encode import ClipEncoder
@@ -102,6 +92,12 @@ def main(args: list[str]) -> None:
         motion_frames=options.motion_frames,
         filters=options.filters,
     )
+    longest = options.filters.seconds[1]
+    if longest * FPS < encoder.shortest:
+        raise UserError(
+            f"pieces of at most {longest:g} s (--filters.seconds) give no record, which takes "
+            f"{encoder.shortest / FPS} s (--motion-frames, --blocks, --filters.reference-gap and one frame)"
+        )
     settings = {
         **encoder.about,
         "faces": options.faces,
@@ -115,21 +111,19 @@ def main(args: list[str]) -> None:
         if late := book.forget_uncaptioned(sources):
             print(f"{late} videos have captions now: their records are made again")
         jobs = [
-            Job(source, work, encoder.sizes, options.faces, options.filters)
+            Job(source, work, encoder.sizes, options.faces, options.filters, encoder.shortest)
             for source in sources
             if source.name not in book.known
         ]
         try:
-            for outcome in broken:
-                book.add(outcome, encoder)
-            with Progress() as progress:
-                for outcome in progress.track(
-                    cut_all(jobs, options.workers), total=len(jobs), description="preparing videos"
-                ):
+            for name in broken:
+                book.add(Outcome(name, dropped=[("whole file", "not a tar, or damaged")]), encoder)
+            with Progress() as progress, contextlib.closing(cut_all(jobs, options.workers)) as outcomes:
+                for outcome in progress.track(outcomes, total=len(jobs), description="preparing videos"):
                     book.add(outcome, encoder)
         finally:
+            shutil.rmtree(work, ignore_errors=True)  # first: a full disk has room again
             book.save()
-            shutil.rmtree(work, ignore_errors=True)
         if not writer.rows:
             raise UserError(f"none of {len(sources)} videos gave a clip; {options.out / REPORT} says why")
         vae = encoder.config.vae
@@ -208,15 +202,17 @@ class Book:
             "w": outcome.width,
             "h": outcome.height,
             "fps": round(outcome.fps, 3),
-            "n_faces": 1,
         }
         written = 0
         for piece in outcome.pieces:
             first = True
+            facts = {"loudness": piece.level_db, **video}
+            if piece.n_faces is not None:
+                facts["n_faces"] = piece.n_faces
             for frame, record in encoder.records(outcome, piece, self._writer.ids):
                 when = {"start": frame / FPS, "end": (frame + encoder.clip_frames) / FPS}
                 try:
-                    self._writer.write(record, **when, loudness=piece.level_db, **video)
+                    self._writer.write(record, **when, **facts)
                 except ValueError as error:  # half precision has an end
                     outcome.dropped.append((f"{record['id']} ({error})", "latents are not finite"))
                     continue
@@ -224,9 +220,8 @@ class Book:
                 if first:
                     self._keep_picture(str(record["id"]), np.load(piece.frames, mmap_mode="r"))
                 first = False
+            piece.frames.unlink()  # a video's pieces are large
         records = self._earlier[outcome.name] + written
-        if outcome.pieces and not records:
-            outcome.dropped.append(("whole video", "pieces too short for a clip and a reference"))
         for folder in {piece.frames.parent for piece in outcome.pieces}:
             shutil.rmtree(folder, ignore_errors=True)
         self._pending.append(
@@ -258,15 +253,18 @@ class Book:
     def _keep_picture(self, name: str, frames: np.ndarray) -> None:
         """Some frames side by side, for the report."""
         folder = self._out / PICTURES
-        folder.mkdir(exist_ok=True)
-        if sum(1 for _ in folder.iterdir()) >= SHEET_CLIPS:
-            return
-        chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).astype(int)]
-        strip = Image.fromarray(np.concatenate(list(chosen), axis=1))
-        width = round(strip.width * SHEET_HEIGHT / strip.height)
-        data = io.BytesIO()
-        strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(data, format="JPEG", quality=80)
-        (folder / f"{file_name(name)}.jpg").write_bytes(data.getvalue())
+        with write_errors(folder):
+            folder.mkdir(exist_ok=True)
+            if sum(1 for _ in folder.iterdir()) >= SHEET_CLIPS:
+                return
+            chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).astype(int)]
+            strip = Image.fromarray(np.concatenate(list(chosen), axis=1))
+            width = round(strip.width * SHEET_HEIGHT / strip.height)
+            data = io.BytesIO()
+            strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(
+                data, format="JPEG", quality=80
+            )
+            (folder / f"{file_name(name)}.jpg").write_bytes(data.getvalue())
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -276,8 +274,11 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
 
 
-def cut_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
-    """`cut_video` of all jobs in order, by so many processes. A video that kills its process is reported."""
+def cut_all(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
+    """`cut_video` of all jobs in order, by so many processes. A video that kills its process is reported.
+
+    Raises UserError as `cut_video`, when that video's turn has come.
+    """
     if not workers:
         yield from map(cut_video, jobs)
         return

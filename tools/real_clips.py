@@ -2,18 +2,20 @@
 worker processes. It needs no jax, so that workers start fast.
 
 A video is decoded twice, in constant memory: once to look (cuts, faces, times), once to cut out what is kept.
+Only what reading it says condemns a video (`Damaged`). A full disk or a detector that fails ends the run: the
+next one looks at the video again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing.synchronize
 import shutil
-import tarfile
+import traceback
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import av
 import numpy as np
@@ -21,7 +23,6 @@ from PIL import Image
 
 from lavatar_jax.data.clip_filters import (
     FPS,
-    SHORT,
     SLOW,
     Box,
     FilterConfig,
@@ -37,23 +38,11 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.inference.inputs import open_media
 from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
 from lavatar_jax.inference.video import FORMATS
+from tools.real_sources import DEFAULT_CAPTION, Source, fetch, read_caption
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".ts")
 UNREADABLE, CRASHED, NO_SOUND = "not a video, or damaged", "crashed the decoder", "no sound"
 SOUND_ENDS = "the sound ends before the pictures"
-NO_CAPTION = frozenset(("no caption", "caption is not UTF-8"))  # notes: others may come later
-DEFAULT_CAPTION = "a person talking"
 LOOK_SECONDS = 0.4  # between two looks for faces
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A video file, or a member of a WebDataset tar; `name` is its path in the folder."""
-
-    name: str
-    path: Path
-    member: str | None = None
-    captioned: bool = False  # a .txt is beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +52,7 @@ class Job:
     sizes: tuple[tuple[int, int], ...]  # (height, width) that the model takes
     faces: str  # name of the detector
     filters: FilterConfig
+    shortest: int = 1  # frames of a piece that gives a record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +64,10 @@ class Piece:
     samples: Path
     face: float  # height of the face, pixels of the video
     level_db: float
+    n_faces: int | None = None  # the most that a look saw; None where nothing counts them
+
+
+Cut = tuple[Piece, int, tuple[int, int, int, int], np.ndarray]  # its end, what is cut out, its samples
 
 
 @dataclasses.dataclass
@@ -104,6 +98,24 @@ class Interrupted(Exception):  # noqa: N818 - no error
     """The run ends: stop in the middle of a video."""
 
 
+class Damaged(Exception):  # noqa: N818 - like Interrupted
+    """The video cannot be read, and never will be."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Around what opens and decodes a video: its errors are the video's, but for those of the system."""
+    try:
+        yield
+    except (Interrupted, Damaged):
+        raise
+    except Exception as error:  # whatever a broken file does to a decoder must not end the run
+        if isinstance(error, OSError | MemoryError) and not isinstance(error, av.FFmpegError):
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise Damaged(f"{kind}{error}") from error
+
+
 _stop: multiprocessing.synchronize.Event | None = None
 
 
@@ -116,90 +128,47 @@ def start_worker(stop: multiprocessing.synchronize.Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def find_sources(folder: Path) -> tuple[list[Source], list[Outcome]]:
-    """All videos below a folder, also those inside of tars, and what became of tars that cannot be read."""
-    sources, broken = [], []
-    for path in sorted(folder.rglob("*")):
-        name = _readable(path.relative_to(folder).as_posix())
-        if path.suffix.lower() in VIDEOS and path.is_file():
-            sources.append(Source(name, path, captioned=path.with_suffix(".txt").is_file()))
-        elif path.suffix.lower() == ".tar" and path.is_file():
-            try:
-                with tarfile.open(path) as tar:
-                    names = dict.fromkeys(member.name for member in tar if member.isfile())
-            except (tarfile.TarError, OSError, EOFError):
-                broken.append(Outcome(name, dropped=[("whole file", "not a tar, or damaged")]))
-                continue
-            videos = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
-            sources += [
-                Source(f"{name}/{_readable(member)}", path, member, captioned=_caption_name(member) in names)
-                for member in videos
-            ]
-    return sources, broken
-
-
-def _readable(name: str) -> str:
-    """A file name as UTF-8 can write it: other bytes as \\x.."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def cut_video(job: Job) -> Outcome:
-    """All that a worker does with a video. Raises only `Interrupted`: what is wrong is in the outcome."""
+    """All that a worker does with a video: what is wrong with it is in the outcome.
+
+    Raises `Interrupted`, and UserError for what went wrong and is no fault of the video.
+    """
     outcome = Outcome(job.source.name)
     folder = job.work / f"{zlib.crc32(job.source.name.encode()):08x}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        outcome.caption, note = read_caption(job.source)
-        outcome.notes += [] if note is None else [note]
-        path = _fetch(job.source, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _reading():
+            outcome.caption, note = read_caption(job.source)
+            outcome.notes += [] if note is None else [note]
+            path = fetch(job.source, folder)
         _cut(path, job, folder, outcome)
+    except Damaged as error:
+        outcome.pieces.clear()
+        reason = NO_SOUND if "no audio track" in str(error) else UNREADABLE
+        outcome.dropped.append((f"whole video ({error})", reason))
     except Interrupted:
         raise
     except UserError as error:
-        reason = NO_SOUND if "no audio track" in str(error) else UNREADABLE
-        outcome.dropped.append((f"whole video ({error})", reason))
-    except Exception as error:  # whatever a broken file does to a decoder must not end the run
-        outcome.dropped.append((f"whole video ({type(error).__name__}: {error})", UNREADABLE))
+        raise UserError(f"{job.source.name}: {error}") from error
+    except Exception as error:
+        said = str(error) if isinstance(error, OSError) else _told(error)
+        raise UserError(
+            f"{job.source.name} could not be prepared ({said}), which is not taken for a fault of the video: "
+            "put it right and run the same command again"
+        ) from error
     if not outcome.pieces:
         shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def _fetch(source: Source, folder: Path) -> Path:
-    """The video as a file."""
-    if source.member is None:
-        return source.path
-    path = folder / f"video{PurePosixPath(source.member).suffix}"
-    with tarfile.open(source.path) as tar, open(path, "wb") as file:
-        stream = tar.extractfile(source.member)
-        assert stream is not None  # a file: `find_sources`
-        shutil.copyfileobj(stream, file)
-    return path
-
-
-def _caption_name(member: str) -> str:
-    return str(PurePosixPath(member).with_suffix(".txt"))
-
-
-def read_caption(source: Source) -> tuple[str, str | None]:
-    """A video's caption, and of `NO_CAPTION` what is wrong with it."""
-    if not source.captioned:
-        return DEFAULT_CAPTION, "no caption"
-    if source.member is None:
-        data = source.path.with_suffix(".txt").read_bytes()
-    else:
-        with tarfile.open(source.path) as tar:
-            stream = tar.extractfile(_caption_name(source.member))
-            assert stream is not None  # a file: `find_sources`
-            data = stream.read()
-    try:
-        return " ".join(data.decode("utf-8-sig").split()) or DEFAULT_CAPTION, None
-    except UnicodeDecodeError:
-        return DEFAULT_CAPTION, "caption is not UTF-8"
+def _told(error: Exception) -> str:
+    """An error of a program, with the place where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}; {Path(place.filename).name}, line {place.lineno}"
 
 
 def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
-    survey = _look(path, load_detector(job.faces))
+    survey = _look(path, job.faces)
     times = survey.times
     outcome.height, outcome.width = survey.size
     outcome.seconds = float(times[-1] - times[0])
@@ -211,12 +180,13 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
     shown = nearest_frames(times, FPS)
     heard = min(len(shown), -(-len(sound) * FPS // SAMPLE_RATE))
     if heard < len(shown) - FPS:
-        outcome.dropped.append((_where(heard, len(shown)), SOUND_ENDS))
+        outcome.dropped.append((where(heard, len(shown)), SOUND_ENDS))
     shown = shown[:heard]
-    pieces, short = split_shots(find_cuts(survey.thumbnails[shown]), heard, job.filters)
-    outcome.dropped += [(_where(start, stop), SHORT) for start, stop in short]
+    cuts = find_cuts(survey.thumbnails[shown])
+    pieces, short = split_shots(cuts, heard, job.filters, useful=job.shortest)
+    outcome.dropped += [(where(start, stop), reason) for start, stop, reason in short]
     size = nearest_size(*survey.size, job.sizes)
-    kept = []
+    kept: list[Cut] = []
     for start, stop in pieces:
         looks = [boxes for frame, boxes in survey.looks.items() if shown[start] <= frame <= shown[stop - 1]]
         samples = _part(sound, start, stop)
@@ -225,14 +195,23 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
             boxes = [found[0] for found in looks if len(found) == 1]
             crop = face_crop(boxes, survey.size, size, job.filters)
             if isinstance(crop, tuple):
-                kept.append((start, stop, crop, float(np.median([box.height for box in boxes])), samples))
+                piece = Piece(
+                    start,
+                    folder / f"{start}.npy",
+                    folder / f"{start}.sound.npy",
+                    face=float(np.median([box.height for box in boxes])),
+                    level_db=_level(samples),
+                    n_faces=None if job.faces == "any" else max(map(len, looks)),
+                )
+                kept.append((piece, stop, crop, samples))
                 continue
             reason = crop
-        outcome.dropped.append((_where(start, stop), reason))
-    _write_pieces(path, shown, size, kept, folder, outcome)
+        outcome.dropped.append((where(start, stop), reason))
+    _write_pieces(path, shown, size, kept, outcome)
 
 
-def _where(start: int, stop: int) -> str:
+def where(start: int, stop: int) -> str:
+    """A range of frames, for the report."""
     return f"{start / FPS:.1f} - {stop / FPS:.1f} s"
 
 
@@ -243,8 +222,8 @@ def _part(sound: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(seconds, frame), also where the file has no times. Raises UserError for what is damaged or cut off."""
-    with open_media(path, "video", FORMATS) as container:
+    """(seconds, frame), also where the file has no times. Raises Damaged, also for what is cut off."""
+    with _reading(), open_media(path, "video", FORMATS) as container:
         if not container.streams.video:
             raise UserError(f"{path.name} has no pictures in it")
         stream = container.streams.video[0]
@@ -265,10 +244,19 @@ def _decode(path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     """Pixels [H, W, 3] as a player shows them: phones film sideways and say so."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round((frame.rotation or 0) / 90))
+    with _reading():
+        return np.rot90(frame.to_ndarray(format="rgb24"), round((frame.rotation or 0) / 90))
 
 
-def _look(path: Path, detect: Detector) -> Survey:
+def _faces(detect: Detector, name: str, picture: np.ndarray) -> list[Box]:
+    try:
+        return detect(picture)
+    except Exception as error:
+        raise UserError(f"the face detector {name} failed ({_told(error)}); mend it and run again") from error
+
+
+def _look(path: Path, faces: str) -> Survey:
+    detect = load_detector(faces)
     times: list[float] = []
     thumbnails: list[np.ndarray] = []
     looks: dict[int, list[Box]] = {}
@@ -277,20 +265,21 @@ def _look(path: Path, detect: Detector) -> Survey:
         if times and seconds < times[-1]:
             seconds = times[-1]
         rows, columns = THUMBNAIL
-        thumbnails.append(frame.reformat(columns, rows, "gray", interpolation="AREA").to_ndarray())
+        with _reading():
+            thumbnails.append(frame.reformat(columns, rows, "gray", interpolation="AREA").to_ndarray())
         if seconds >= next_look:
             picture = _upright(frame)
             size = picture.shape[:2]
-            looks[len(times)] = detect(picture)
+            looks[len(times)] = _faces(detect, faces, picture)
             next_look = seconds + LOOK_SECONDS
         times.append(seconds)
     return Survey(np.array(times), np.stack(thumbnails), looks, size, float(times[0]))
 
 
 def _sound_in_step(path: Path, survey: Survey) -> np.ndarray:
-    """Mono sound of 16 kHz whose first sample belongs to the first frame. Raises UserError without any."""
-    samples = load_sound(path).samples
-    with open_media(path, "video", FORMATS) as container:
+    """Mono sound of 16 kHz whose first sample belongs to the first frame. Raises Damaged without any."""
+    with _reading(), open_media(path, "video", FORMATS) as container:
+        samples = load_sound(path).samples
         stream = container.streams.audio[0]
         begins = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
     late = round((begins - survey.start) * SAMPLE_RATE)
@@ -298,30 +287,38 @@ def _sound_in_step(path: Path, survey: Survey) -> np.ndarray:
 
 
 def _write_pieces(
-    path: Path, shown: np.ndarray, size: tuple[int, int], kept: list[Any], folder: Path, outcome: Outcome
+    path: Path, shown: np.ndarray, size: tuple[int, int], kept: list[Cut], outcome: Outcome
 ) -> None:
-    """Decode again and write the cut-out frames of all pieces to files."""
-    if not kept:
-        return
-    videos = {}
-    for start, stop, _, face, samples in kept:
-        piece = Piece(start, folder / f"{start}.npy", folder / f"{start}.sound.npy", face, _level(samples))
+    """Decode again and write the cut-out frames of the pieces, one after the other, to files.
+
+    Raises OSError. (Through a memory map a full disk would kill the process instead.)
+    """
+    frames = _frames_at(path, shown)
+    for piece, stop, (top, left, height, width), samples in kept:
         np.save(piece.samples, samples)
-        shape = (stop - start, *size, 3)
-        videos[start] = np.lib.format.open_memmap(piece.frames, mode="w+", dtype=np.uint8, shape=shape)
+        with open(piece.frames, "wb") as file:
+            about = {"descr": "|u1", "fortran_order": False, "shape": (stop - piece.start, *size, 3)}
+            np.lib.format.write_array_header_1_0(file, about)
+            for position, frame in frames:
+                if position < piece.start:
+                    continue
+                picture = Image.fromarray(_upright(frame)[top : top + height, left : left + width])
+                scaled = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+                file.write(np.asarray(scaled).tobytes())
+                if position == stop - 1:
+                    break
+            else:
+                raise Damaged(f"{path.name} changed while it was read")
         outcome.pieces.append(piece)
-    wanted: dict[int, list[int]] = {}
-    for position, number in enumerate(shown):
-        wanted.setdefault(int(number), []).append(position)
+
+
+def _frames_at(path: Path, shown: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(position at 25 a second, the frame to show there), in order."""
+    position = 0
     for number, (_, frame) in enumerate(_decode(path)):
-        for position in wanted.get(number, ()):
-            for start, stop, (top, left, height, width), _, _ in kept:
-                if start <= position < stop:
-                    picture = Image.fromarray(_upright(frame)[top : top + height, left : left + width])
-                    scaled = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-                    videos[start][position - start] = np.asarray(scaled)
-    for video in videos.values():
-        video.flush()
+        while position < len(shown) and shown[position] == number:
+            yield position, frame
+            position += 1
 
 
 def _level(samples: np.ndarray) -> float:

@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lavatar_jax.checkpoints.store import load_config, load_encoders, load_text_encoder, model_folder
-from lavatar_jax.data.clip_filters import FPS, FilterConfig, clip_starts, reference_frame
+from lavatar_jax.data.clip_filters import (
+    FPS,
+    NO_REFERENCE,
+    FilterConfig,
+    clip_starts,
+    reference_frame,
+    shortest_piece,
+)
 from lavatar_jax.data.records import Record
 from lavatar_jax.inference.encode import frame_chunks
 from lavatar_jax.inference.images import size_less_than_area
@@ -22,7 +29,7 @@ from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.logmel import log_mel
 from lavatar_jax.models.speech_level import normalise_level
 from lavatar_jax.models.vae import CausalVAE
-from tools.real_clips import Outcome, Piece
+from tools.real_clips import Outcome, Piece, where
 
 
 def target_sizes(config: AvatarConfig) -> tuple[tuple[int, int], ...]:
@@ -69,6 +76,7 @@ class ClipEncoder:
         self.sizes = target_sizes(self.config)
         self.motion_frames, self.filters = motion_frames, filters
         self.clip_frames = blocks * self.config.dit.block_frames * self.config.vae.temporal_factor
+        self.shortest = shortest_piece(motion_frames, self.clip_frames, filters)
         self._vae, self._speech = load_encoders(self.folder, self.config)
         self._text: dict[str, np.ndarray | None] = {}
 
@@ -85,7 +93,7 @@ class ClipEncoder:
 
     def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[tuple[int, Record]]:
         """(first frame in the video at 25 a second, record) of a piece's clips, end to end, without those
-        in `done`."""
+        in `done`. Clips without a reference are noted in `outcome`."""
         frames = np.load(piece.frames, mmap_mode="r")
         features: np.ndarray | None = None
         motion_latents = (self.motion_frames - 1) // self.config.vae.temporal_factor + 1
@@ -93,7 +101,10 @@ class ClipEncoder:
             name = f"{outcome.name}-{piece.start + start:06d}"
             first, stop = start + self.motion_frames, start + self.motion_frames + self.clip_frames
             away = reference_frame(start, stop, len(frames), name=name, config=self.filters)
-            if name in done or away is None:
+            if away is None:
+                outcome.dropped.append((where(piece.start + first, piece.start + stop), NO_REFERENCE))
+                continue
+            if name in done:
                 continue
             if features is None:
                 features = self.hear(np.load(piece.samples), len(frames))

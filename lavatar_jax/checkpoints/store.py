@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.config import VAEConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
@@ -209,13 +210,23 @@ def load_model_folder(name: str | Path, dtype: Any = None) -> Avatar:
     return Avatar(config=config, dit=dit, vae=vae, speech=speech)
 
 
+def load_vae(folder: Path, config: VAEConfig, dtype: Any = None) -> CausalVAE:
+    """The VAE of a model folder alone; `config`: its own, perhaps with other statistics of the latents.
+
+    Raises UserError if it is damaged."""
+
+    def make() -> CausalVAE:
+        return make_vae(config, rngs=nnx.Rngs(0))
+
+    if is_converted(folder):
+        return _restore_part(folder, "vae", make, dtype)
+    return load_params(folder / VAE, make, dtype or jnp.float32)
+
+
 def load_encoders(folder: Path, config: AvatarConfig, dtype: Any = None) -> tuple[CausalVAE, Wav2Vec2 | None]:
     """The VAE and, where the model has one, the speech encoder of a model folder: all that preparing data
     needs. Raises UserError if one is damaged."""
-    if is_converted(folder):
-        vae = _restore_part(folder, "vae", lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype)
-    else:
-        vae = load_params(folder / VAE, lambda: make_vae(config.vae, rngs=nnx.Rngs(0)), dtype or jnp.float32)
+    vae = load_vae(folder, config.vae, dtype)
     if (heard := config.speech) is None:
         return vae, None
     return vae, _restore_part(folder, "speech", lambda: Wav2Vec2(heard, rngs=nnx.Rngs(0)), dtype)

@@ -20,6 +20,7 @@ FPS = 25  # of records
 SHORT, SLOW = "shot too short", "too few frames a second"
 NO_FACE, MANY_FACES, SMALL, MOVES = "no face", "several faces", "face too small", "face leaves the picture"
 SILENT, CLIPPED = "silent", "sound is clipped"
+NO_REFERENCE = "clip without a reference picture"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class FilterConfig:
     reference_gap: float = 1.0
     """Seconds between a clip and its reference picture."""
 
+    @property
+    def gap_frames(self) -> int:
+        return round(self.reference_gap * FPS)
+
 
 class Box(NamedTuple):
     """In pixels."""
@@ -55,24 +60,33 @@ class Box(NamedTuple):
     height: float
 
 
-def split_shots(
-    cuts: Sequence[int], frames: int, config: FilterConfig
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Frame ranges of (pieces, shots that are too short) of a video with `cuts`.
+def shortest_piece(motion_frames: int, clip_frames: int, config: FilterConfig) -> int:
+    """Frames of a piece that just gives a record: a clip with its past before it, and behind the gap a
+    reference."""
+    return motion_frames + clip_frames + config.gap_frames + 1
 
-    A shot longer than the longest piece is divided into equal pieces. The frames beside a cut are left out:
-    encoders smear it.
+
+def split_shots(
+    cuts: Sequence[int], frames: int, config: FilterConfig, *, useful: int = 1
+) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]]]:
+    """(pieces, too short shots with the reason) of a video with `cuts`, as frame ranges.
+
+    `useful`: frames of the shortest piece that gives a record. A shot longer than the longest piece is
+    divided into equal pieces, but not into useless ones. The frames beside a cut are left out: encoders
+    smear it.
     """
-    shortest, longest = (round(FPS * seconds) for seconds in config.seconds)
+    asked, longest = (round(FPS * seconds) for seconds in config.seconds)
+    shortest = max(asked, useful)
     edges = [0, *cuts, frames]
     pieces: list[tuple[int, int]] = []
-    short: list[tuple[int, int]] = []
+    short: list[tuple[int, int, str]] = []
     for start, stop in itertools.pairwise(edges):
         first, last = start + (start > 0), stop - (stop < frames)
         if last - first < shortest:
-            short.append((start, stop))
+            reason = SHORT if last - first < asked else f"{SHORT} for a record, which takes {useful / FPS} s"
+            short.append((start, stop, reason))
             continue
-        parts = -(-(last - first) // longest)
+        parts = max(1, min(-(-(last - first) // longest), (last - first) // shortest))
         bounds = [first + (last - first) * i // parts for i in range(parts + 1)]
         pieces += itertools.pairwise(bounds)
     return pieces, short
@@ -133,6 +147,6 @@ def clip_starts(frames: int, motion_frames: int, clip_frames: int) -> list[int]:
 
 def reference_frame(start: int, stop: int, frames: int, *, name: str, config: FilterConfig) -> int | None:
     """A frame of a piece away from the clip [start, stop), always the same; None if the piece is short."""
-    gap = round(config.reference_gap * FPS)
+    gap = config.gap_frames
     away = [*range(0, max(0, start - gap)), *range(stop + gap, frames)]
     return away[zlib.crc32(f"{name} {start}".encode()) % len(away)] if away else None

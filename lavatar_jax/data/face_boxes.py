@@ -15,7 +15,7 @@ from lavatar_jax.errors import UserError
 Detector = Callable[[NDArray[np.uint8]], list[Box]]
 
 WIDEST = 640  # pixels that are looked at: finding a face of a tenth of the height needs no more
-SMALLEST = 0.08  # of the height
+SMALLEST, LEAST = 0.08, 20  # a face: of the height, pixels of what is looked at
 
 
 def load_detector(name: str) -> Detector:
@@ -59,9 +59,11 @@ def haar_detector() -> Detector:
 
     def detect(picture: NDArray[np.uint8]) -> list[Box]:
         scale = min(1.0, WIDEST / picture.shape[1])
+        if scale * min(picture.shape[:2]) < LEAST:
+            return []  # nothing would be left of its other side
         grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
         grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        least = max(20, int(SMALLEST * grey.shape[0]))
+        least = max(LEAST, int(SMALLEST * grey.shape[0]))
         found = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=4, minSize=(least, least))
         return [Box(*(float(value) / scale for value in box)) for box in found]
 

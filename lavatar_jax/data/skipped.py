@@ -8,6 +8,8 @@ import logging
 import os
 from pathlib import Path
 
+SKIPPED = "skipped_records.jsonl"  # in the folder of a run
+
 logger = logging.getLogger(__name__)
 
 

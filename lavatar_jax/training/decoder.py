@@ -282,7 +282,12 @@ def train_decoder(config: DecoderRun) -> TrainState:
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
     weights = initial_weights(
-        config.make, mesh, init=config.init, init_best=config.init_best, seed=train.seed
+        config.make,
+        mesh,
+        init=config.init,
+        init_best=config.init_best,
+        component="vae",
+        seed=train.seed,
     )
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)

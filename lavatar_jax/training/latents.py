@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from lavatar_jax.checkpoints import store
 from lavatar_jax.checkpoints.runs import newest_step
-from lavatar_jax.checkpoints.store import config_from_dict
+from lavatar_jax.checkpoints.store import config_from_dict, load_config, model_folder
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data import made_with
 from lavatar_jax.data.batches import Batches
@@ -34,6 +35,7 @@ from lavatar_jax.data.shards import (
     read_dataset,
     stored_records,
 )
+from lavatar_jax.data.skipped import SKIPPED
 from lavatar_jax.data.talking_clips import Clip, sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import CausalVAE, make_vae
@@ -54,7 +56,9 @@ class LatentsConfig:
     """
 
     folder: str = "runs/latents"
-    vae: str = "runs/vae"  # the training run whose averaged weights encode
+    vae: str = (
+        "runs/vae"  # what encodes, and shows samples: a run of stage 0 (its averages), or a model folder
+    )
     speech: str = "runs/speech"  # recordings, written by lavatar_jax.data.speech.write_corpus
     clips: int = 1600
     blocks: int = 4
@@ -74,16 +78,28 @@ class LatentsConfig:
         return (self.motion_frames - 1) // 4 + 1
 
 
-def load_vae(run: str | Path) -> tuple[VAEConfig, CausalVAE]:
-    """The averaged VAE of a stage 0 run, with the latent statistics of its training (0 and 1).
+def load_vae(place: str | Path) -> tuple[VAEConfig, CausalVAE]:
+    """The averaged VAE of a stage 0 run, or the one of a model folder, for latents as they are in records:
+    the statistics in its configuration are 0 and 1.
 
     Raises UserError."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run} is not a VAE run: {path} is missing; train stage 0 first")
-    values = json.loads(path.read_text())
-    config = config_from_dict(VAEConfig, values["model"])
-    return config, averaged_model(Path(run), values, lambda rngs: make_vae(config, rngs=rngs))
+    if (Path(place) / "checkpoints").is_dir():
+        path = Path(place) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{place} is not a VAE run: {path} is missing; train stage 0 first")
+        values = json.loads(path.read_text())
+        config = config_from_dict(VAEConfig, values["model"])
+        return config, averaged_model(Path(place), values, lambda rngs: make_vae(config, rngs=rngs))
+    try:
+        folder = model_folder(place)
+        config = load_config(folder).vae
+    except UserError as error:
+        raise UserError(
+            f"{place} is neither a run of stage 0 nor a model folder: train stage 0 first ({error})"
+        ) from None
+    channels = config.latent_channels
+    config = dataclasses.replace(config, latent_mean=(0.0,) * channels, latent_std=(1.0,) * channels)
+    return config, store.load_vae(folder, config)
 
 
 def latent_statistics(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -250,5 +266,5 @@ def open_training(
     `held_out` records.
     """
     first_process_only(lambda: prepare_latents(data))
-    source = open_latents(data, skipped_log=out / "skipped_records.jsonl", held_out=held_out)
+    source = open_latents(data, skipped_log=out / SKIPPED, held_out=held_out)
     return source, record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lavatar_jax.data.skipped import SKIPPED, SkippedLog
 from lavatar_jax.training.report import write_report
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,19 @@ class RunLog:
         if self._profiling:
             jax.profiler.stop_trace()
         if self.first:
+            if skipped := self._skipped():
+                self.say(
+                    f"training records that could not be read: {skipped}; {self.out / SKIPPED} names them"
+                )
             self._file.close()
             if self._board is not None:
                 self._board.close()
             self.report()
 
     def steps(self, step: int, done: float, numbers: Mapping[str, float]) -> None:
-        """Means over the latest steps: loss, rate, samples_per_second, mfu ..."""
+        """Means over the latest steps: loss, rate, samples_per_second, mfu ...; records skipped so far."""
+        if skipped := self._skipped():
+            numbers = {**numbers, "skipped_records": skipped}
         self._write({"step": step, **numbers})
         self._scalars(step, numbers, "train")
         mfu = f"  MFU {100 * numbers['mfu']:.1f} %" if "mfu" in numbers else ""
@@ -108,6 +115,9 @@ class RunLog:
     def report(self) -> None:
         if self.first and self.config.report:
             write_report(self.out / REPORT, self.out, list(read_log(self.out / LOG)))
+
+    def _skipped(self) -> int:
+        return len(SkippedLog(self.out / SKIPPED).read()) if self.first else 0
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.first:

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavatar_jax.data.skipped import SKIPPED, SkippedLog
+
 SAMPLES = "samples"  # folder of a run; one folder a step in it
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
 WIDTH, HEIGHT = 380, 150  # pixels of a curve
+SHOWN = 50  # skipped steps and records by name
 POINTS = 400  # of a curve at most: means of neighbours
 
 STYLE = """
@@ -38,8 +41,13 @@ def write_report(path: Path, run: Path, lines: Sequence[Mapping[str, Any]]) -> N
         parts += ["<h2>Evaluation</h2>", *_curves(evaluated)]
     parts += _samples(run / SAMPLES)
     if bad:
-        items = "".join(f"<li>{html.escape(message)}</li>" for message in bad[-50:])
+        items = "".join(f"<li>{html.escape(message)}</li>" for message in bad[-SHOWN:])
         parts.append(f"<h2>Skipped steps ({len(bad)})</h2><ul>{items}</ul>")
+    if skipped := SkippedLog(run / SKIPPED).read():
+        items = "".join(
+            f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in list(skipped.items())[:SHOWN]
+        )
+        parts.append(f"<h2>Records that could not be read ({len(skipped)})</h2><ul>{items}</ul>")
     if (run / "config.json").is_file():
         parts.append(f"<h2>Configuration</h2><pre>{html.escape((run / 'config.json').read_text())}</pre>")
     head = (

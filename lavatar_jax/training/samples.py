@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from lavatar_jax.config import SamplingConfig
+from lavatar_jax.config import SamplingConfig, VAEConfig
 from lavatar_jax.data.loader import CorruptRecordError, ShardSource
 from lavatar_jax.data.records import file_name
+from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
@@ -54,16 +56,17 @@ def stream_record(
 
 
 def make_sampler(
-    source: ShardSource, sampling: SamplingConfig, vae_run: str, model_of: Callable[[Any], CausalDiT]
+    source: ShardSource, sampling: SamplingConfig, vae_place: str, model_of: Callable[[Any], CausalDiT]
 ) -> Callable[[Any, Path], None] | None:
     """`sample` of `loop.fit`: a moving picture for each held-out record, the truth left, the model's right.
 
     `model_of(state)`: the network to look at. None where there is nothing to show, or several processes share
-    the state. Raises UserError without a VAE.
+    the state. Raises UserError without the VAE that encoded the records (`load_vae`).
     """
     if not source.held_out or jax.process_count() > 1:
         return None
-    vae = load_vae(vae_run)[1]
+    config, vae = load_vae(vae_place)
+    _check_encoder(source, config, vae_place)
     decode = jax.jit(lambda vae, latents: jnp.clip(vae.decode(latents), -1, 1))
 
     def frames(row: Mapping[str, np.ndarray], latent: Any) -> np.ndarray:
@@ -86,6 +89,22 @@ def make_sampler(
             )
 
     return sample
+
+
+def _check_encoder(source: ShardSource, config: VAEConfig, vae_place: str) -> None:
+    """Raises UserError where the records' latents are of a VAE of another architecture."""
+    made_by = source.dataset.encoder.get("vae", {})
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
+    # The statistics are in the records' folder, and a decoder may be another one.
+    free = ("latent_mean", "latent_std", "decoder_width")
+    other = [name for name in given.keys() & made_by.keys() - set(free) if given[name] != made_by[name]]
+    if other:
+        name = min(other)
+        raise UserError(
+            f"samples: the records in {source.folder} were encoded by another VAE than {vae_place} ({name} "
+            f"{made_by[name]}, not {given[name]}): give its run or model folder as --data.vae, or "
+            "--samples.records 0"
+        )
 
 
 def make_evaluator(

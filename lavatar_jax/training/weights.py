@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from lavatar_jax import lora
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.orbax_store import restore_component
 from lavatar_jax.checkpoints.runs import read_average
-from lavatar_jax.checkpoints.store import DIT, is_converted, load_params, model_folder
+from lavatar_jax.checkpoints.store import is_converted, load_params, model_folder
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import put_tree, state_shardings
 from lavatar_jax.quant import QuantizedWeight, dotted
@@ -79,13 +79,15 @@ def initial_weights(
     init: str | None,
     seed: int,
     init_best: bool = False,
+    component: Literal["dit", "vae"] = "dit",
     adapters: LoraConfig | None = None,
     adjust: Callable[[Params], Params] | None = None,
 ) -> Weights[Model]:
     """The weights of a run before its first step, split over `mesh` as `parallel.param_spec` says.
 
     `make` builds a model with random weights, which `adjust` may change; `init` and `init_best` as in
-    `run.Run`. Raises UserError when `init` is nothing to start from, or of another model.
+    `run.Run`; a model folder gives its `component`. Raises UserError when `init` is nothing to start from, or
+    of another model.
     """
     adapters = adapters or LoraConfig()
     abstract = abstract_weights(make, adapters, seed)
@@ -95,7 +97,7 @@ def initial_weights(
     if init is not None:
         base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
         places = {plain_name(name): place for name, place in shardings.items()}
-        stored = _checked(init, _read(init, base, places, make, best=init_best), param_paths(base))
+        stored = _checked(init, _read(init, base, places, make, component, best=init_best), param_paths(base))
         found = {name: stored[plain_name(name)] for name in wanted if plain_name(name) in stored}
     if adapters.init is not None:
         trained = read_average(Path(adapters.init), best=adapters.init_best)
@@ -134,7 +136,7 @@ def plain_name(name: str) -> str:
 
 
 def _read(
-    init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any], *, best: bool
+    init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any], component: str, *, best: bool
 ) -> Params:
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         return shardings.get(plain_name(path.removesuffix(".values")), _anywhere(shardings))
@@ -145,8 +147,8 @@ def _read(
         raise UserError(f"--init-best: {init} is no training run, which alone has a best checkpoint")
     folder = model_folder(init)
     if not is_converted(folder):
-        return param_paths(load_params(folder / DIT, lambda: make(nnx.Rngs(0))))
-    stored = restore_component(folder, "dit", base, place)
+        return param_paths(load_params(folder / f"{component}.safetensors", lambda: make(nnx.Rngs(0))))
+    stored = restore_component(folder, component, base, place)
     return param_paths(lora.merge(_dequantized(stored, shardings)))
 
 

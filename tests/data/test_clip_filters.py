@@ -6,6 +6,7 @@ from lavatar_jax.data.clip_filters import (
     MANY_FACES,
     MOVES,
     NO_FACE,
+    SHORT,
     SILENT,
     SMALL,
     Box,
@@ -16,6 +17,7 @@ from lavatar_jax.data.clip_filters import (
     judge_sound,
     nearest_size,
     reference_frame,
+    shortest_piece,
     split_shots,
 )
 from lavatar_jax.data.preparation_report import render_report
@@ -62,9 +64,23 @@ def test_uneven_times_show_the_nearest_frame():
 
 def test_shots_are_divided_and_short_ones_named():
     pieces, short = split_shots([100, 350], 350 + 1600, CONFIG)
-    assert short == [(0, 100)]
+    assert short == [(0, 100, SHORT)]
     assert pieces == [(101, 349), (351, 884), (884, 1417), (1417, 1950)]
-    assert split_shots([], 50, CONFIG) == ([], [(0, 50)])
+    assert split_shots([], 50, CONFIG) == ([], [(0, 50, SHORT)])
+
+
+def test_no_piece_is_too_short_for_a_record():
+    useful = shortest_piece(73, 84, CONFIG)
+    (start,) = clip_starts(useful, 73, 84)
+    stop = start + 73 + 84
+    assert reference_frame(start, stop, useful, name="a", config=CONFIG) == useful - 1
+    assert reference_frame(start, stop, useful - 1, name="a", config=CONFIG) is None
+    pieces, short = split_shots([useful - 1], 2 * useful, CONFIG, useful=useful)
+    assert pieces == [(useful, 2 * useful)]
+    assert short == [(0, useful - 1, "shot too short for a record, which takes 7.32 s")]
+    config = FilterConfig(seconds=(5, 8))  # two halves of 4.2 s would be of no use
+    assert split_shots([], 210, config, useful=useful) == ([(0, 210)], [])
+    assert split_shots([], 2 * useful, config, useful=useful)[0] == [(0, useful), (useful, 2 * useful)]
 
 
 def test_exactly_one_face():

@@ -8,10 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import jax
 import numpy as np
 import pytest
@@ -25,9 +23,11 @@ from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.motion import Manner, talking_motion
 from lavatar_jax.data.shards import RENDERED, read_dataset, read_manifest
 from lavatar_jax.errors import UserError
+from tests.tools.videos import film, speech, still
 from tools import prepare_data, real_encode
-from tools.real_clips import Job, Source, find_sources
+from tools.real_clips import Job
 from tools.real_encode import ClipEncoder
+from tools.real_sources import Source, find_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIZE = 64, 256
@@ -46,30 +46,6 @@ def faces() -> list[np.ndarray]:
     openness = random.uniform(size=FRAMES).astype(np.float32)
     motion = talking_motion(openness, openness, Manner(), 0)
     return [np.asarray(draw(draw_identity(identity), motion)) for identity in SPEAKERS]
-
-
-def speech(seconds: float, level: float = 0.1) -> np.ndarray:
-    """Noise as loud as speech, 16 kHz."""
-    return (level * np.random.default_rng(1).normal(size=int(16_000 * seconds))).astype(np.float32)
-
-
-def film(path: Path, frames: np.ndarray, sound: np.ndarray | None, *, fps: int = 25) -> Path:
-    options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
-    with av.open(str(path), "w", options=options) as container:
-        video = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "12"})
-        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        audio = None if sound is None else container.add_stream("aac", rate=16_000, layout="mono")
-        for number, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if audio is not None:
-            frame = av.AudioFrame.from_ndarray(sound[None], "fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
-            container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +220,6 @@ def test_workers_give_the_same_records_and_a_killed_run_goes_on(
     assert ids == [json.loads(line)["id"] for line in expected.splitlines()]
 
 
-def still(path: Path, frames: int = 70) -> Path:
-    """A picture that does not move, with speech."""
-    picture = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8)
-    return film(path, picture.repeat(frames, axis=0), speech(frames / 25))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -322,6 +292,32 @@ def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp
     assert 2.0 < max(ends) < 3.2
 
 
+def test_what_is_too_short_for_a_record_is_named(
+    cheap_encoder: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8)
+    frames = np.concatenate([picture.repeat(80, axis=0), (picture // 4).repeat(60, axis=0)])
+    film(tmp_path / "in" / "a.mp4", frames, speech(len(frames) / 25))
+    options = ("--faces", "any", *OPTIONS, "--filters.reference-gap", "2")
+    command = (tmp_path / "in", "--out", tmp_path / "out", *options)
+    assert prepare(*command) == 0
+    (video,) = [json.loads(line) for line in (tmp_path / "out" / "videos.jsonl").read_text().splitlines()]
+    # 5 frames of the past, 12 of the clip, 50 of the gap and the reference.
+    assert video["dropped"][0] == ["3.2 - 5.6 s", "shot too short for a record, which takes 2.72 s"]
+    starts = [row["start"] for row in read_manifest(tmp_path / "out")]
+    lost = [place for place, reason in video["dropped"] if reason == "clip without a reference picture"]
+    assert starts == [0.2, 2.6]
+    assert (lost[0], len(lost)) == ("0.7 - 1.2 s", 4)
+    assert "clip without a reference picture" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert prepare(*command, "--filters.seconds", "2", "2.6") == 2
+    assert (
+        "pieces of at most 2.6 s (--filters.seconds) give no record, which takes 2.72 s"
+        in capsys.readouterr().err
+    )
+
+
 def test_odd_names_are_only_names(cheap_encoder: None, tmp_path: Path):
     frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(70, axis=0)
     deep = tmp_path / "in" / ("d" * 120) / ("e" * 120)
@@ -375,6 +371,7 @@ def test_haar_finds_the_face_of_the_sample_photo():
     assert 0.3 * height < box.height < 0.8 * height
     assert len(detect(np.concatenate([photo, photo], axis=1))) == 2
     assert detect(np.full_like(photo, 90)) == []
+    assert detect(np.zeros((1, 3000, 3), np.uint8)) == []
 
 
 def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Path):
@@ -399,7 +396,7 @@ def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Pat
 def test_sources_are_sorted_and_named_by_their_place(videos: Path):
     sources, broken = find_sources(videos)
     assert Source("web.tar/000.mp4", videos / "web.tar", "000.mp4", captioned=True) in sources
-    assert [outcome.name for outcome in broken] == ["broken.tar"]
+    assert broken == ["broken.tar"]
     assert len({source.name for source in sources}) == len(sources)
 
 

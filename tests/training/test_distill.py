@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavatar_jax.checkpoints.runs import flatten_names, read_average
 from lavatar_jax.checkpoints.store import save_params
-from lavatar_jax.config import DiTConfig, SamplingConfig
+from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.motion import MANNERS
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
@@ -190,7 +190,7 @@ def test_a_student_without_finite_rewards_stays_as_it_was_and_the_step_is_named(
 def test_the_report_shows_what_the_student_says(
     run: DistillRun, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples, "load_vae", lambda run: (None, PaintedVAE()))
+    monkeypatch.setattr(samples, "load_vae", lambda place: (VAEConfig(), PaintedVAE()))
     train = dataclasses.replace(run.train, steps=2)
     run = dataclasses.replace(run, samples=SamplesConfig(records=2), train=train)
     shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lavatar_jax.data.skipped import SKIPPED, SkippedLog
 from lavatar_jax.evaluation.devices import find_gpu
 from lavatar_jax.parallel import put_batch
-from lavatar_jax.training.logs import LogConfig
+from lavatar_jax.training.logs import LOG, LogConfig, read_log
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import schedule
 from tests.training.toy_run import BATCH, Batches, begin, mesh_of, train
@@ -42,6 +43,23 @@ def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
     assert "href" not in page
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_records_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+
+    class Damaged(Batches):
+        def __next__(self) -> Any:
+            SkippedLog(tmp_path / SKIPPED).add("<clip>", "lost")  # as a data worker, again after each start
+            return super().__next__()
+
+    fit(step_fn, state, frozen, Damaged(), LoopConfig(steps=2, batch=BATCH, log_every=1), tmp_path)
+    assert [line["skipped_records"] for line in read_log(tmp_path / LOG) if "step" in line] == [1, 1]
+    page = (tmp_path / "report.html").read_text()
+    assert "Records that could not be read (1)" in page
+    assert "&lt;clip&gt;: lost" in page
+    told = capsys.readouterr().out.replace("\n", "")
+    assert f"training records that could not be read: 1; {tmp_path / SKIPPED}" in told
 
 
 def test_samples_are_taken_at_intervals_and_at_the_end(tmp_path: Path):

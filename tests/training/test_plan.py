@@ -74,6 +74,14 @@ def test_the_14b_stage_2_fits_128_devices_on_the_mesh_of_its_config() -> None:
     assert memory["cache"] == pytest.approx(2 * (rings + sink) / mesh.tensor, rel=0.01)
 
 
+def test_the_14b_stage_0_fits_one_device_a_clip() -> None:
+    run = load_config(str(ROOT / "configs" / "wan14b_vae.py"))
+    planner = Planner(run, subject(run))
+    memory = planner.memory(1, 1, 1, 1)
+    assert memory["trained"] == pytest.approx(4 * 127e6, rel=0.01), "Wan 2.1's VAE in float32"
+    assert 0.3 * 80e9 < sum(memory.values()) < USABLE * 80e9
+
+
 def test_the_command_prints_a_table() -> None:
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "tiny_dit.py"), "--plan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

@@ -1,5 +1,7 @@
 """The report shows records that training never saw, as the model says them."""
 
+import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavatar_jax.config import SamplingConfig
+from lavatar_jax.config import SamplingConfig, VAEConfig
 from lavatar_jax.data.loader import ShardSource, record_batches
 from lavatar_jax.data.shards import ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.training import samples
+from lavatar_jax.training.latents import load_vae
 from lavatar_jax.training.samples import make_evaluator, make_sampler, stream_record
 from tests.tiny import random_dit, tiny_config
 from tests.training.painted import PaintedVAE
@@ -65,7 +68,7 @@ def test_held_out_records_are_in_no_batch_and_can_be_read(folder: Path) -> None:
 def test_a_sample_is_the_truth_beside_what_the_model_says(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples, "load_vae", lambda run: (None, PaintedVAE()))
+    monkeypatch.setattr(samples, "load_vae", lambda place: (VAEConfig(), PaintedVAE()))
     source, model = open_source(folder, 1), random_dit(MODEL)
     asked: list[Any] = []
 
@@ -90,6 +93,17 @@ def test_a_sample_is_the_truth_beside_what_the_model_says(
         colours = (latent[-1, ..., :3] * 3.0 + 2.0) / 10.0  # as the records were written
         wanted = np.clip(colours.repeat(8, axis=0).repeat(8, axis=1) * 127.5 + 128.0, 0, 255)
         assert np.abs(half[4::8, 4::8] - wanted[4::8, 4::8]).mean() < 8  # WebP is not exact
+
+
+def test_another_vae_than_the_records_is_refused(folder: Path) -> None:
+    tiny = dataclasses.asdict(load_vae("tiny")[0])
+    about = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(about | {"encoder": {"vae": tiny}}))
+    assert make_sampler(open_source(folder, 1), SAMPLING, "tiny", lambda state: state) is not None
+    tiny["latent_channels"] = 48
+    (folder / "dataset.json").write_text(json.dumps(about | {"encoder": {"vae": tiny}}))
+    with pytest.raises(UserError, match=r"another VAE than tiny \(latent_channels 48, not 16\)"):
+        make_sampler(open_source(folder, 1), SAMPLING, "tiny", lambda state: state)
 
 
 def test_the_loss_on_held_out_records_is_the_same_each_time(folder: Path) -> None:

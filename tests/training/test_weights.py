@@ -11,9 +11,12 @@ from flax import nnx
 
 from lavatar_jax import lora, quant
 from lavatar_jax.checkpoints.convert import param_paths
+from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.models.vae import make_vae
 from lavatar_jax.training import weights
+from lavatar_jax.training.latents import load_vae
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 from tests.tiny import random_dit, tiny_config
 from tests.training.toy_run import mesh_of
@@ -35,6 +38,20 @@ def folder_with(dit: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def with_adapters(dit: CausalDiT) -> CausalDiT:
     adapters, rest = lora.split_adapters(lora.add_adapters(dit, jax.random.key(0), rank=2))
     return lora.join_adapters({name: jnp.full_like(x, 0.1) for name, x in adapters.items()}, rest)
+
+
+def test_a_vae_starts_from_that_of_a_model_folder():
+    shipped = load_model_folder("tiny").vae
+    config, vae = load_vae("tiny")
+    assert (set(config.latent_mean), set(config.latent_std)) == ({0.0}, {1.0})
+    started = initial_weights(
+        lambda rngs: make_vae(config, rngs=rngs), mesh_of(1, 1, 1), init="tiny", component="vae", seed=0
+    ).params
+    for name, value in param_paths(shipped).items():
+        np.testing.assert_array_equal(param_paths(vae)[name], value)
+        np.testing.assert_array_equal(started[name], value)
+    with pytest.raises(UserError, match="neither a run of stage 0 nor a model folder"):
+        load_vae("no such place")
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
