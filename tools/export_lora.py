@@ -40,17 +40,14 @@ class Export:
     """Run of stage 1, of its ODE student, or of stage 2, with --lora.rank."""
     out: Annotated[Path, arg(metavar="FILE.safetensors")]
     """Where to put the adapters; it must not be there yet."""
-    best: bool = False
-    """Take the best checkpoint that the run kept (--checkpoint.best), not the newest."""
 
 
 def _parameter(path: str, array: np.ndarray) -> Parameter:
     return Parameter(path, array.shape, array.dtype, lambda layer: array if layer is None else array[layer])
 
 
-def export_lora(folder: Path, out: Path, *, best: bool = False) -> int:
-    """Write the averaged adapters of a run (newest checkpoint, or the `best`) -> pairs. Raises UserError for
-    what is no run with adapters."""
+def export_lora(folder: Path, out: Path) -> int:
+    """Write the averaged adapters of a run -> pairs. Raises UserError for what is no run with adapters."""
     if out.exists():
         raise UserError(f"{out} exists already; give another --out, or remove it")
     path = folder / "config.json"
@@ -63,7 +60,7 @@ def export_lora(folder: Path, out: Path, *, best: bool = False) -> int:
             f"{folder} trained all weights, no adapters: tools/package_model.py makes a model of it"
         )
     wanted = abstract_weights(lambda rngs: CausalDiT(model, rngs=rngs), adapters).params
-    average = checked_average(folder, wanted, best=best)
+    average = checked_average(folder, wanted)
     parameters = [_parameter(name, np.asarray(value)) for name, value in average.items()]
     tensors = list(adapter_tensors(parameters, DIT_RULES, adapters.alpha / adapters.rank))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +72,7 @@ def export_lora(folder: Path, out: Path, *, best: bool = False) -> int:
 
 def main(args: list[str]) -> None:
     options = parse_options(Export, args, prog="tools/export_lora.py")
-    print(f"{options.out}: adapters of {export_lora(options.run, options.out, best=options.best)} layers")
+    print(f"{options.out}: adapters of {export_lora(options.run, options.out)} layers")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from lavatar_jax.training.latents import LatentsConfig, load_vae
 class Arguments:
     vae: str  # run of stage 0 or of its decoder (the latents must be the same), or a model folder
     dit: str  # run of stage 1, of its ODE student, or of stage 2; adapters are merged
-    best: bool = False  # take `dit` at the best checkpoint that it kept (--checkpoint.best), not the newest
     out: str = "lavatar_jax/weights/tiny"
     name: str = "tiny"
 
@@ -44,7 +43,7 @@ def package(arguments: Arguments) -> Path:
 
     vae_config, vae = load_vae(arguments.vae)
     vae_config = dataclasses.replace(vae_config, latent_mean=statistics.mean, latent_std=statistics.std)
-    dit = load_dit(arguments.dit, best=arguments.best)
+    dit = load_dit(arguments.dit)
     config = AvatarConfig(
         name=arguments.name,
         image_size=data.size,

@@ -155,16 +155,16 @@ class RunCheckpoints:
         self.manager.close()
 
 
-def read_average(run: Path, shardings: Any = None, *, best: bool = False) -> dict[str, Any]:
-    """The averaged parameters of a run's newest checkpoint, or of its `best`, by dotted parameter name.
+def read_average(run: Path, shardings: Any = None) -> dict[str, Any]:
+    """The averaged parameters of a run (at its `result_step`), by dotted parameter name.
 
     `shardings(name, shape)`: where they go; None: to the host, as numpy arrays. Raises UserError for a folder
-    that is no run, or keeps no best.
+    that is no run.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a training run: it has no checkpoints folder")
-    step = best_step(run) if best else None
+    step = result_step(run)
     checkpoints = RunCheckpoints(folder)
     prefix = ".average['"
 
@@ -178,28 +178,20 @@ def read_average(run: Path, shardings: Any = None, *, best: bool = False) -> dic
     }
 
 
-def best_step(run: Path) -> int:
-    """The step of the best checkpoint of a run, by the number that its `config.json` names.
-
-    Raises UserError where it keeps none.
-    """
-    path = run / "config.json"
+def result_step(run: Path) -> int | None:
+    """The step of the checkpoint that counts as what a run made: its best one, where `config.json` tells by
+    which number that is (`--checkpoint.best`), else the newest. None where there is none, or no run."""
+    folder, path = run / "checkpoints", run / "config.json"
+    if not folder.is_dir():
+        return None
     config = json.loads(path.read_text()).get("checkpoint", {}) if path.is_file() else {}
-    step = None
-    if config.get("best") is not None and (run / "checkpoints").is_dir():
-        checkpoints = RunCheckpoints(run / "checkpoints", CheckpointConfig(**config))
+    if config.get("best") is not None:
+        checkpoints = RunCheckpoints(folder, CheckpointConfig(**config))
         step = checkpoints.best_step()
         checkpoints.close()
-    if step is None:
-        raise UserError(f"{run} keeps no best checkpoint: take the newest, or train with --checkpoint.best")
-    return step
-
-
-def newest_step(run: Path) -> int | None:
-    """The step of a run's newest checkpoint; None where there is none, or no run. Opens nothing."""
-    folder = run / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=None)
+        if step is not None:
+            return step
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
 
 
 def _of_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:

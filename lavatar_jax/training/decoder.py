@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import best_step, newest_step
+from lavatar_jax.checkpoints.runs import result_step
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
@@ -72,12 +72,11 @@ class PredictionsConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderRun(Run):
     """Everything that `train.py` can set. `init`: the VAE run that `data` was encoded with; `dit`: a run of
-    stage 1 or 2 whose predictions are drawn, `dit_best`: at its best checkpoint, not the newest."""
+    stage 1 or 2 whose predictions are drawn."""
 
     out: str = "runs/decoder"
     init: str | None = "runs/vae"
     dit: str = "runs/distill"
-    dit_best: bool = False
     model: VAEConfig
     data: LatentsConfig
     predictions: PredictionsConfig
@@ -88,15 +87,14 @@ class DecoderRun(Run):
         return make_vae(self.model, rngs=rngs)
 
 
-def load_dit(run: str | Path, *, best: bool = False) -> CausalDiT:
-    """The averaged transformer of a run of stage 1 or 2, with its adapters merged; `best`: at its best
-    checkpoint, not the newest. Raises UserError."""
+def load_dit(run: str | Path) -> CausalDiT:
+    """The averaged transformer of a run of stage 1 or 2, with its adapters merged. Raises UserError."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
     values = json.loads(path.read_text())
     config = config_from_dict(DiTConfig, values["model"])
-    return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs), best=best)
+    return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs))
 
 
 def predict_clips(
@@ -149,7 +147,7 @@ def prepare_predictions(config: DecoderRun) -> None:
     )
     if kept.done >= given.clips:
         return
-    dit = load_dit(config.dit, best=config.dit_best)
+    dit = load_dit(config.dit)
     write_note(Path(given.folder) / NOTE, made_by)
     predict = jax.jit(functools.partial(predict_clips, sigma=sigma))
     look = jax.jit(lambda identity, motion: attention_map(identity, motion, size))
@@ -179,8 +177,7 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
     """A folder keeps predictions of one network, as it was at one step of its training, of the same noise.
 
     Returns the note of these. Raises UserError where the folder's are others."""
-    folder, run = Path(config.predictions.folder), Path(config.dit)
-    step = best_step(run) if config.dit_best else newest_step(run)
+    folder, step = Path(config.predictions.folder), result_step(Path(config.dit))
     made_by = {
         "dit": config.dit,
         "latents": config.data.folder,
@@ -281,14 +278,7 @@ def train_decoder(config: DecoderRun) -> TrainState:
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
-    weights = initial_weights(
-        config.make,
-        mesh,
-        init=config.init,
-        init_best=config.init_best,
-        component="vae",
-        seed=train.seed,
-    )
+    weights = initial_weights(config.make, mesh, init=config.init, component="vae", seed=train.seed)
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)

@@ -213,14 +213,7 @@ def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     mesh, train = train_mesh(config.mesh), config.train
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
-    weights = initial_weights(
-        config.make,
-        mesh,
-        init=config.init,
-        init_best=config.init_best,
-        seed=train.seed,
-        adapters=config.lora,
-    )
+    weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
     optimizer = make_optimizer(
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
     )

@@ -44,7 +44,7 @@ class DistillRun(Run):
     """Everything that `train.py` can set for stage 2. `train.learning_rate` is the student's.
 
     `init`: what student, critic and teacher start from: a run of stage 1, or a model folder. `teacher`:
-    another one for teacher and critic, `teacher_best`: at its best checkpoint. `lora` of a rank: student and
+    another one for teacher and critic. `lora` of a rank: student and
     critic are adapters on `init`, which is the teacher itself, so that the weights exist once; `lora.init`:
     the student's adapters of stage 1.
     """
@@ -52,7 +52,6 @@ class DistillRun(Run):
     out: str = "runs/distill"
     init: str | None = "runs/dit"
     teacher: str | None = None  # must be told where `init` is itself a student, as of `ode_init`
-    teacher_best: bool = False
     model: DiTConfig
     data: LatentsConfig
     sampling: SamplingConfig  # how the student will be sampled: steps, levels, ring, sink, history
@@ -144,21 +143,17 @@ def check_teacher(config: DistillRun) -> None:
 def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Params]:
     """-> (the student's parameters, the critic's, what is frozen). Raises UserError."""
     check_teacher(config)
-    seed, init, init_best = config.train.seed, config.init, config.init_best
-    student = initial_weights(
-        config.make, mesh, init=init, init_best=init_best, seed=seed, adapters=config.lora
-    )
+    seed = config.train.seed
+    student = initial_weights(config.make, mesh, init=config.init, seed=seed, adapters=config.lora)
     if not config.lora.rank:
         if config.teacher is None:
             return student.params, student.params, student.params
-        teacher = initial_weights(
-            config.make, mesh, init=config.teacher, init_best=config.teacher_best, seed=seed
-        )
+        teacher = initial_weights(config.make, mesh, init=config.teacher, seed=seed)
         return student.params, teacher.params, teacher.params
     if config.teacher is not None:
         raise UserError("with adapters the teacher is the model that they are on: leave --teacher out")
     fresh = dataclasses.replace(config.lora, init=None)
-    critic = initial_weights(config.make, mesh, init=init, init_best=init_best, seed=seed + 1, adapters=fresh)
+    critic = initial_weights(config.make, mesh, init=config.init, seed=seed + 1, adapters=fresh)
     return student.params, critic.params, student.frozen
 
 

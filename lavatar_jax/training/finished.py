@@ -28,13 +28,12 @@ def lora_of(config: dict[str, Any]) -> LoraConfig:
     return config_from_dict(LoraConfig, config.get("lora", {}))
 
 
-def checked_average(run: Path, wanted: dict[str, Any], *, best: bool = False) -> Params:
-    """The averaged parameters of a run (newest checkpoint, or the `best`), which must have the names and
-    shapes of `wanted`.
+def checked_average(run: Path, wanted: dict[str, Any]) -> Params:
+    """The averaged parameters of a run, which must have the names and shapes of `wanted`.
 
     Raises UserError where they do not, as when `config.json` is of another run, or there is no checkpoint.
     """
-    average = read_average(run, best=best)
+    average = read_average(run)
     if wrong := misfits(average, wanted):
         raise UserError(
             f"the checkpoint in {run} is not of the model of its config.json ({len(wrong)} differences, "
@@ -43,26 +42,22 @@ def checked_average(run: Path, wanted: dict[str, Any], *, best: bool = False) ->
     return average
 
 
-def averaged_model(
-    run: Path, config: dict[str, Any], make: Callable[[nnx.Rngs], Model], *, best: bool = False
-) -> Model:
+def averaged_model(run: Path, config: dict[str, Any], make: Callable[[nnx.Rngs], Model]) -> Model:
     """The averaged model of a run in float32; `config` is its `config.json`, `make` builds such a model.
-    `best`: at its best checkpoint, not the newest.
 
     Adapters are merged into the base that they were trained on, in the precision that it had then. Raises
     UserError where the checkpoint is of another model, or the base cannot be had.
     """
     adapters = dataclasses.replace(lora_of(config), init=None)
     weights = abstract_weights(make, adapters)
-    average = {name: jnp.asarray(x) for name, x in checked_average(run, weights.params, best=best).items()}
+    average = {name: jnp.asarray(x) for name, x in checked_average(run, weights.params).items()}
     if not adapters.rank:
         return weights.merge(average)
     if (init := config.get("init")) is None:
         raise UserError(f"{run} has adapters on random weights (its init is null): they cannot be merged")
     try:
         mesh = train_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        init_best = config.get("init_best", False)
-        base = initial_weights(make, mesh, init=init, init_best=init_best, seed=0).params
+        base = initial_weights(make, mesh, init=init, seed=0).params
     except UserError as error:
         raise UserError(f"{run} has adapters on {init}, which cannot be read: {error}") from None
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 
 from lavatar_jax.checkpoints import store
-from lavatar_jax.checkpoints.runs import newest_step
+from lavatar_jax.checkpoints.runs import result_step
 from lavatar_jax.checkpoints.store import config_from_dict, load_config, model_folder
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data import made_with
@@ -223,7 +223,7 @@ def _is_rendered(folder: Path) -> bool:
 def _rendering(config: LatentsConfig) -> dict[str, Any]:
     """All that a rendered clip depends on, besides its number."""
     names = ("vae", "speech", "blocks", "motion_frames", "size", "other_pose", "other_scene")
-    return {**{name: getattr(config, name) for name in names}, "vae_step": newest_step(Path(config.vae))}
+    return {**{name: getattr(config, name) for name in names}, "vae_step": result_step(Path(config.vae))}
 
 
 def check_rendering(config: LatentsConfig) -> None:

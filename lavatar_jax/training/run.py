@@ -26,12 +26,10 @@ from lavatar_jax.training.state import LossFn, TrainStep, make_train_step
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """`out`: the folder of checkpoints and logs; a run that is there already goes on. `init`: where weights
-    come from: another run (its averages), or a model folder; None: random ones. `init_best`: that run at the
-    best checkpoint that it kept, not the newest."""
+    come from: another run (its averages), or a model folder; None: random ones."""
 
     out: str
     init: str | None = None
-    init_best: bool = False
     train: LoopConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -198,13 +198,7 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
         return gentle_start(params, config.model.latent_channels, jax.random.key(train.seed))
 
     weights = initial_weights(
-        config.make,
-        mesh,
-        init=config.init,
-        init_best=config.init_best,
-        component="vae",
-        seed=train.seed,
-        adjust=adjust,
+        config.make, mesh, init=config.init, component="vae", seed=train.seed, adjust=adjust
     )
     optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)

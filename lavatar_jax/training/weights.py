@@ -38,8 +38,7 @@ class LoraConfig:
     """Train low-rank adapters and nothing else; rank 0: train all parameters.
 
     `targets`: dotted paths of the weights, a regular expression. `base`: dtype that the others are kept in,
-    where the model does not need float32. `init`: another run, whose adapters to start from, `init_best`: at
-    its best checkpoint, not the newest.
+    where the model does not need float32. `init`: another run, whose adapters to start from.
     """
 
     rank: int = 0
@@ -47,7 +46,6 @@ class LoraConfig:
     targets: str = lora.TARGETS
     base: Precision = "bfloat16"
     init: str | None = None
-    init_best: bool = False
 
 
 class Weights(NamedTuple, Generic[Model]):
@@ -78,16 +76,15 @@ def initial_weights(
     *,
     init: str | None,
     seed: int,
-    init_best: bool = False,
     component: Literal["dit", "vae"] = "dit",
     adapters: LoraConfig | None = None,
     adjust: Callable[[Params], Params] | None = None,
 ) -> Weights[Model]:
     """The weights of a run before its first step, split over `mesh` as `parallel.param_spec` says.
 
-    `make` builds a model with random weights, which `adjust` may change; `init` and `init_best` as in
-    `run.Run`; a model folder gives its `component`. Raises UserError when `init` is nothing to start from, or
-    of another model.
+    `make` builds a model with random weights, which `adjust` may change; `init` as in `run.Run`; a
+    model folder gives its `component`. Raises UserError when `init` is nothing to start from, or of another
+    model.
     """
     adapters = adapters or LoraConfig()
     abstract = abstract_weights(make, adapters, seed)
@@ -97,11 +94,10 @@ def initial_weights(
     if init is not None:
         base = jax.eval_shape(lambda: make(nnx.Rngs(seed)))
         places = {plain_name(name): place for name, place in shardings.items()}
-        stored = _checked(init, _read(init, base, places, make, component, best=init_best), param_paths(base))
+        stored = _checked(init, _read(init, base, places, make, component), param_paths(base))
         found = {name: stored[plain_name(name)] for name in wanted if plain_name(name) in stored}
     if adapters.init is not None:
-        trained = read_average(Path(adapters.init), best=adapters.init_best)
-        found |= _checked(adapters.init, trained, abstract.params)
+        found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
     build = _builder(make, adapters, seed)
 
     def settle(found: Params) -> Params:
@@ -136,15 +132,13 @@ def plain_name(name: str) -> str:
 
 
 def _read(
-    init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any], component: str, *, best: bool
+    init: str, base: Any, shardings: dict[str, NamedSharding], make: Make[Any], component: str
 ) -> Params:
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         return shardings.get(plain_name(path.removesuffix(".values")), _anywhere(shardings))
 
     if (Path(init) / "checkpoints").is_dir():
-        return read_average(Path(init), place, best=best)
-    if best:
-        raise UserError(f"--init-best: {init} is no training run, which alone has a best checkpoint")
+        return read_average(Path(init), place)
     folder = model_folder(init)
     if not is_converted(folder):
         return param_paths(load_params(folder / f"{component}.safetensors", lambda: make(nnx.Rngs(0))))

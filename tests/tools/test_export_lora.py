@@ -103,9 +103,6 @@ def test_what_is_no_run_with_adapters_is_refused(run: DiTRun, tmp_path: Path) ->
     out = tmp_path / "mine.safetensors"
     with pytest.raises(UserError, match=r"is not a run of stage 1 or 2: .*config\.json is missing"):
         export_lora(tmp_path, out)
-    assert exit_code(lambda: main([run.out, "--out", str(out), "--best"])) == 2
-    with pytest.raises(UserError, match="keeps no best checkpoint"):
-        export_lora(Path(run.out), out, best=True)
     config = Path(run.out) / "config.json"
     for change, message in (
         ({"lora": dataclasses.asdict(LoraConfig(rank=4))}, r"is not of the model of its config\.json"),

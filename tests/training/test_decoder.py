@@ -61,7 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderRun:
     write_wav(tmp_path / "speech" / "train" / "00000.wav", noise)
     vae = jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))()
     monkeypatch.setattr(latents, "load_vae", lambda run: (VAE, vae))
-    monkeypatch.setattr(decoder, "load_dit", lambda run, best: random_dit(DIT))
+    monkeypatch.setattr(decoder, "load_dit", lambda run: random_dit(DIT))
     data = LatentsConfig(
         folder=str(tmp_path / "latents"), speech=str(tmp_path / "speech"), clips=5, blocks=1, motion_frames=9,
         size=32, text_len=6, text_dim=4,
@@ -301,7 +301,7 @@ def test_what_cannot_be_predicted_is_refused(run: DecoderRun, tmp_path: Path) ->
 def test_a_network_that_cannot_be_read_leaves_no_note(
     run: DecoderRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(run: str, best: bool) -> None:
+    def missing(run: str) -> None:
         raise UserError(f"{run} is missing")
 
     with monkeypatch.context() as patch:
@@ -319,8 +319,6 @@ def test_predictions_of_an_earlier_network_are_refused(run: DecoderRun, tmp_path
     (tmp_path / "dit" / "checkpoints" / "6").mkdir()
     with pytest.raises(UserError, match=r"predictions of step 5 of .*dit, not of its step 6: choose"):
         prepare_predictions(run)
-    with pytest.raises(UserError, match="dit keeps no best checkpoint"):
-        prepare_predictions(dataclasses.replace(run, dit_best=True))
     note = Path(run.predictions.folder) / "predicted_by.json"
     note.write_text(json.dumps({"dit": run.dit, "latents": run.data.folder}))  # as earlier versions wrote it
     prepare_predictions(run)

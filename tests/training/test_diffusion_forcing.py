@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lavatar_jax.checkpoints.runs import CheckpointConfig, best_step, newest_step, read_average
+from lavatar_jax.checkpoints.runs import CheckpointConfig, read_average, result_step
 from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.loader import record_batches
 from lavatar_jax.data.motion import MANNERS
@@ -232,7 +232,7 @@ def test_the_command_trains_stops_at_a_signal_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "say", interrupt)
         main([str(config), "--out", str(parts)])
-    assert newest_step(parts) == 2
+    assert result_step(parts) == 2
     main([str(config), "--out", str(parts)])
     steps = [json.loads(line).get("step") for line in (parts / LOG).read_text().splitlines()]
     assert [step for step in steps if step] == [1, 2, 3, 4], "nothing was done twice"
@@ -245,8 +245,8 @@ def test_the_command_trains_stops_at_a_signal_and_goes_on(
     assert all(np.isfinite(line["loss"]) for line in lines if "step" in line)
     (evaluation,) = [line["evaluation"] for line in lines if "evaluation" in line]
     assert np.isfinite(evaluation["held_out_flow"])
-    assert best_step(whole) == 4
-    assert load_dit(whole, best=True).config == MODEL
+    assert result_step(whole) == 4
+    assert load_dit(whole).config == MODEL
 
 
 def test_missing_latents_are_a_clear_error(tmp_path: Path):
