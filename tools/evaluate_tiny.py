@@ -59,6 +59,11 @@ DRIFT_FROM = 5.0  # seconds
 # name of the number -> what the table calls it, digits after the point
 LABELS: dict[str, tuple[str, int]] = {
     "probe_openness": ("probe on ground truth: openness correlation", 3),
+    "probe_openness_variance": ("probe on ground truth: mouth-opening variance, read / true", 2),
+    "probe_head_motion": ("probe on ground truth: head motion, read / true", 2),
+    "probe_blinks": ("probe on ground truth: blinks, read / true", 2),
+    "probe_smile_as_asked": ("probe on ground truth: expression recognised, share", 2),
+    "probe_head_as_asked": ("probe on ground truth: head motion recognised, share", 2),
     "vae_psnr": ("VAE PSNR, dB", 1),
     "vae_mouth_psnr": ("VAE mouth box PSNR, dB", 1),
     "vae_openness": ("VAE openness correlation", 3),
