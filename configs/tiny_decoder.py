@@ -12,7 +12,7 @@ from lavatar_jax.training.vae import VAELossConfig
 def get_config() -> DecoderRun:
     return DecoderRun(
         model=MODEL,
-        data=LatentsConfig(clips=1700),
+        data=LatentsConfig(clips=2400),
         samples=SamplesConfig(records=3),
         predictions=PredictionsConfig(),
         sampling=SAMPLING,

@@ -43,7 +43,7 @@ SAMPLING = SamplingConfig(
 def get_config() -> DiTRun:
     return DiTRun(
         model=MODEL,
-        data=LatentsConfig(clips=1700),
+        data=LatentsConfig(clips=2400),
         samples=SamplesConfig(records=3),
         sampling=SAMPLING,
         loss=ForcingConfig(

@@ -8,8 +8,8 @@ from lavatar_jax.training.vae import VAELossConfig, VAERun
 
 MODEL = VAEConfig(
     kind="wan22",
-    width=16,
-    decoder_width=24,
+    width=24,
+    decoder_width=20,
     multipliers=(1, 2, 4),
     res_blocks=1,
     temporal_downsample=(True, True),
@@ -26,5 +26,5 @@ def get_config() -> VAERun:
         samples=SamplesConfig(records=3),
         data=ClipsConfig(clips=1400, crop_frames=25),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),
-        train=LoopConfig(seconds=7200, learning_rate=4e-3, batch=2, ema_decay=0.99, checkpoint_seconds=120),
+        train=LoopConfig(seconds=7500, learning_rate=4e-3, batch=2, ema_decay=0.99, checkpoint_seconds=120),
     )

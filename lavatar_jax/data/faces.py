@@ -76,16 +76,22 @@ def random_motion(key: Array, frames: int, blink_probability: float = 0.35) -> M
     since = jnp.arange(frames) - centre
     lid = jnp.clip(1.3 - jnp.where(since < 0, -since / 2.0, since / 3.0), 0.0, 1.0)
     blink = jnp.where(uniform(keys[6]) < blink_probability, lid, 0.0)
-    sway = uniform(keys[7], (), minval=0.1, maxval=2.6)
+    sway = uniform(keys[7], (), minval=0.1, maxval=1.9)
+
+    def moved(key: Array) -> Array:
+        """As quick as the heads of people who talk (`motion.talking_motion`), and a little livelier."""
+        fast, slow = jax.random.split(key)
+        return sway * (0.9 * _smooth_noise(fast, frames, 3.0) + 0.43 * _smooth_noise(slow, frames, 20.0))
+
     gaze = jnp.where(uniform(keys[8]) < 0.5, uniform(keys[9], (2,), minval=-0.8, maxval=0.8), 0.0)
     return Motion(
         mouth_open=mouth_open, mouth_width=mouth_width, smile=smile, blink=blink,
         gaze_x=gaze[0] + 0.05 * _smooth_noise(keys[10], frames, 6.0),
         gaze_y=jnp.broadcast_to(gaze[1], (frames,)),
         brow=jnp.clip(0.35 * _smooth_noise(keys[11], frames, 8.0), -1.0, 1.0),
-        head_x=sway * 0.024 * _smooth_noise(keys[12], frames, 10.0),
-        head_y=sway * 0.012 * _smooth_noise(keys[13], frames, 8.0),
-        roll=sway * 0.035 * _smooth_noise(keys[14], frames, 10.0),
+        head_x=0.020 * moved(keys[12]),
+        head_y=0.016 * moved(keys[13]),
+        roll=0.035 * moved(keys[14]),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ CENTROID_MIDDLE, CENTROID_RANGE = 3.2, 2.4
 SMILES = {"neutral": "with a neutral face", "smiling": "smiling"}
 HEAD_MOTIONS = {"still": "keeping the head still", "normal": "", "lively": "moving the head a lot"}
 SMILE_LEVEL = {"neutral": 0.0, "smiling": 0.9}
-SWAY_LEVEL = {"still": 0.15, "normal": 0.8, "lively": 2.0}
+SWAY_LEVEL = {"still": 0.12, "normal": 0.5, "lively": 1.5}
 BLINKS_PER_MINUTE = 17.0
 
 # The head follows the voice like a damped spring, after about 3 frames: it nods with openness and turns with
@@ -141,7 +141,7 @@ def head_response(track: Floats) -> Floats:
 def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -> Motion:
     """The motion of a person whose mouth moves as given by `mouth_from_speech`: fields [frames].
 
-    The head follows the voice too (three quarters of its variance); everything else is random, deterministic
+    The head follows the voice too (four fifths of its variance); everything else is random, deterministic
     by seed.
     """
     frames = len(openness)
@@ -153,7 +153,7 @@ def talking_motion(openness: Floats, width: Floats, manner: Manner, seed: int) -
     lean = np.asarray((nod + turn) / 1.7, np.float32)
 
     def moved(voice: Floats) -> Floats:
-        return np.asarray(sway * (0.85 * voice + 0.5 * _smooth_noise(random, frames, 20.0)), np.float32)
+        return np.asarray(sway * (0.9 * voice + 0.43 * _smooth_noise(random, frames, 20.0)), np.float32)
 
     smile = SMILE_LEVEL[manner.smile] + 0.06 * _smooth_noise(random, frames, 12.0)
     fields = {

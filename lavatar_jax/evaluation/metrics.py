@@ -91,7 +91,7 @@ def head_activity(reading: Reading | Motion, span: int = 8) -> float:
 
 # Halfway (geometrically, for activity) between the manners of `motion`, measured on ground truth.
 SMILE_THRESHOLD = 0.45
-ACTIVITY_THRESHOLDS = (0.0078, 0.028)
+ACTIVITY_THRESHOLDS = (0.0055, 0.0195)
 
 
 def recognise_manner(reading: Reading | Motion) -> Manner:
