@@ -1,4 +1,7 @@
-"""Stage 0 of the small model: a Wan 2.2 VAE at small width, 128 x 128 pixels -> 16 x 16 x 16 per 4 frames."""
+"""Stage 0 of the small model: a Wan 2.2 VAE at small width, 128 x 128 pixels -> 16 x 16 x 16 per 4 frames.
+
+On short clips first; `tiny_vae_long.py` goes on with long ones.
+"""
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.clips import ClipsConfig
@@ -23,6 +26,7 @@ MODEL = VAEConfig(
 def get_config() -> VAERun:
     return VAERun(
         model=MODEL,
+        out="runs/vae_short",
         samples=SamplesConfig(records=3),
         data=ClipsConfig(clips=1400, crop_frames=25),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),

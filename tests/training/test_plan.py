@@ -95,7 +95,14 @@ def test_every_small_stage_has_a_plan() -> None:
     for path in sorted((ROOT / "configs").glob("tiny_*.py")):
         run = load_config(str(path))
         plans[path.stem] = Planner(run, subject(run))
-    assert plans.keys() == {"tiny_vae", "tiny_dit", "tiny_ode", "tiny_distill", "tiny_decoder"}
+    assert plans.keys() == {
+        "tiny_vae",
+        "tiny_vae_long",
+        "tiny_dit",
+        "tiny_ode",
+        "tiny_distill",
+        "tiny_decoder",
+    }
     bytes_of = {name: plan.memory(1, 1, 1, 1) for name, plan in plans.items()}
     # The ODE student learns from a teacher, without a critic.
     trained = bytes_of["tiny_dit"]["trained"]
