@@ -16,6 +16,6 @@ def get_config() -> DecoderRun:
         samples=SamplesConfig(records=3),
         predictions=PredictionsConfig(),
         sampling=SAMPLING,
-        loss=VAELossConfig(square=8.0),
+        loss=VAELossConfig(square=8.0, texture=1.0),
         train=LoopConfig(seconds=1500, learning_rate=2e-3, batch=8, ema_decay=0.99, checkpoint_seconds=120),
     )

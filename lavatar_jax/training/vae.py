@@ -34,7 +34,7 @@ from lavatar_jax.training.weights import initial_weights
 # looks at it (`VAELossConfig.colour`) and the first convolution hears it louder (`gentle_start`).
 OPPONENT = np.array([[1.0, 1.0, 1.0], [1.5, 0.0, -1.5], [-1.5, 3.0, -1.5]], np.float32).T / 3.0
 OPPONENT_GAIN = (1.0, 2.0, 5.0)  # about the inverse of their deviations in pictures
-COLOUR_CELL = 8  # pixels
+CELL = 8  # pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class VAELossConfig:
     square: float = 0.0  # L2 of pixels beside their L1: what PSNR measures; for the last part of a training
     gradient: float = 0.5  # L1 of differences between neighbouring pixels: sharp edges
     colour: float = 1.0  # L1 of opponent colours of 8 x 8 pixel means
+    texture: float = 0.0  # L1 of the mean strength of edges in 8 x 8 pixels: what is uncertain is not blurred
     temporal: float = 0.5  # L1 of differences between neighbouring frames: blinks, lips, no flicker
     kl: float = 1e-4  # per latent element, relative to the mean over pixels
     latent_noise: float = 0.0  # of the decoder's input, in standard deviations of each channel
@@ -65,28 +66,45 @@ def weighted_mean(error: Float[Array, "B T H W C"], weight: Float[Array, "B T H 
     return jnp.sum(error * weight) / (jnp.sum(weight) * error.shape[-1])
 
 
+def cell_means(video: Float[Array, "B T H W C"]) -> Float[Array, "B T H8 W8 C"]:
+    """Means over cells of 8 x 8 pixels."""
+    batch, frames, height, width, channels = video.shape
+    cells = video.reshape(batch, frames, height // CELL, CELL, width // CELL, CELL, channels)
+    return cells.mean(axis=(3, 5))
+
+
+def edges(video: Float[Array, "B T H W C"]) -> Float[Array, "B T H W 1"]:
+    """How strong the finest edges are: absolute second differences of the brightness, along x and y."""
+    grey = jnp.pad(video.mean(axis=-1), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    centre = 2.0 * grey[:, :, 1:-1, 1:-1]
+    along_x = jnp.abs(centre - grey[:, :, 1:-1, :-2] - grey[:, :, 1:-1, 2:])
+    along_y = jnp.abs(centre - grey[:, :, :-2, 1:-1] - grey[:, :, 2:, 1:-1])
+    return (along_x + along_y)[..., None]
+
+
 def reconstruction_loss(
     output: Float[Array, "B T H W 3"],
     video: Float[Array, "B T H W 3"],
     weight: Float[Array, "B T H W 1"],
     config: VAELossConfig,
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted L1 (and L2) of pixels, L1 of their differences to the neighbours in space, and in time."""
+    """Weighted L1 (and L2) of pixels, L1 of their differences to the neighbours in space, and in time, and of
+    means over cells: of colours, and of how strong the edges are."""
     error = output - video
     pixel = weighted_mean(jnp.abs(error), weight)
     square = weighted_mean(jnp.square(error), weight)
     down = weighted_mean(jnp.abs(error[:, :, 1:] - error[:, :, :-1]), weight[:, :, 1:])
     right = weighted_mean(jnp.abs(error[:, :, :, 1:] - error[:, :, :, :-1]), weight[:, :, :, 1:])
     later = weighted_mean(jnp.abs(error[:, 1:] - error[:, :-1]), weight[:, 1:])
-    batch, frames, height, width, _ = error.shape
-    cells = error.reshape(
-        batch, frames, height // COLOUR_CELL, COLOUR_CELL, width // COLOUR_CELL, COLOUR_CELL, 3
-    )
-    colour = jnp.mean(jnp.abs(cells.mean(axis=(3, 5)) @ OPPONENT))
+    colour = jnp.mean(jnp.abs(cell_means(error) @ OPPONENT))
     loss = pixel + config.square * square + config.gradient * (down + right)
     loss = loss + config.temporal * later + config.colour * colour
+    metrics = {"l1": pixel, "temporal_l1": later, "colour": colour}
+    if config.texture:
+        metrics["texture"] = jnp.mean(jnp.abs(cell_means(edges(output)) - cell_means(edges(video))))
+        loss = loss + config.texture * metrics["texture"]
     psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(0.5 * error)))
-    return loss, {"l1": pixel, "temporal_l1": later, "colour": colour, "psnr": psnr}
+    return loss, {**metrics, "psnr": psnr}
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
@@ -163,7 +181,7 @@ def make_sampler(
 def check_sizes(config: VAERun) -> None:
     """Raises UserError for clips or crops that cannot be cut or encoded."""
     data, latent = config.data, config.model.temporal_factor
-    cell = math.lcm(config.model.spatial_factor, COLOUR_CELL)
+    cell = math.lcm(config.model.spatial_factor, CELL)
     if data.clips < 1:
         raise UserError(f"--data.clips must be at least 1, not {data.clips}")
     sizes = {"frames": data.frames, "size": data.size}

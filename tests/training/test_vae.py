@@ -26,6 +26,7 @@ from lavatar_jax.training.state import create_state, make_train_step, split_mode
 from lavatar_jax.training.vae import (
     VAELossConfig,
     VAERun,
+    edges,
     gentle_start,
     make_loss,
     make_sampler,
@@ -216,6 +217,23 @@ def test_a_wrong_mouth_costs_more_than_a_wrong_wall():
     at_mouth, _ = reconstruction_loss(video.at[:, :, :4].set(0.1), video, weight, config)
     at_wall, _ = reconstruction_loss(video.at[:, :, 4:].set(0.1), video, weight, config)
     assert float(at_mouth) == pytest.approx(4 * float(at_wall), rel=1e-5)
+
+
+def test_blurred_texture_costs_and_texture_in_another_phase_does_not():
+    stripes = jnp.where(jnp.arange(16) % 4 < 2, 0.5, -0.5)  # of two pixels
+    video = jnp.broadcast_to(stripes[:, None, None], (1, 3, 16, 16, 3))
+    weight = jnp.ones((1, 3, 16, 16, 1))
+
+    def texture(output: jax.Array) -> float:
+        return float(reconstruction_loss(output, video, weight, VAELossConfig(texture=1.0))[1]["texture"])
+
+    assert texture(video) == 0.0
+    assert texture(-video) == 0.0
+    assert texture(jnp.zeros_like(video)) == pytest.approx(float(edges(video).mean()), rel=1e-5)
+    assert texture(0.5 * video) == pytest.approx(0.5 * float(edges(video).mean()), rel=1e-5)
+    plain, _ = reconstruction_loss(0.5 * video, video, weight, VAELossConfig())
+    textured, metrics = reconstruction_loss(0.5 * video, video, weight, VAELossConfig(texture=2.0))
+    assert float(textured - plain) == pytest.approx(2.0 * float(metrics["texture"]), rel=1e-4)
 
 
 def test_the_report_shows_faces_beside_what_the_vae_keeps_of_them(data: ClipsConfig, tmp_path: Path):
