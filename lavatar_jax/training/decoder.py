@@ -66,6 +66,9 @@ class PredictionsConfig:
     clips: int = 600  # the first of the records
     cells: int = 8  # latent rows and columns of a window
     truth: float = 0.3  # share of the windows with the encoder's latents instead of predicted ones
+    begin: float = (
+        0.2  # share of the batches whose windows are the beginning of a clip, drawn from its first frame
+    )
     seed: int = 0
 
 
@@ -201,13 +204,16 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
 
 
 def random_window(
-    clip: dict[str, np.ndarray], rng: np.random.Generator, *, past: int, cells: int, truth: float
+    clip: dict[str, np.ndarray], rng: np.random.Generator, *, past: int, cells: int, truth: float, begin: bool
 ) -> dict[str, np.ndarray]:
-    """A block as large as the clip's `past` latents before it, both latents, and the block's own frames."""
+    """A block as large as the clip's `past` latents before it, both latents, and the block's own frames.
+
+    `begin`: the clip's first such latents, and all of their frames.
+    """
     latent = clip["latent"][int(rng.random() < truth)]
-    block = int(rng.integers(1, len(latent) // past)) * past
+    block = past if begin else int(rng.integers(1, len(latent) // past)) * past
     # Latent 0 is one frame, every other one four.
-    shown = slice(4 * block - 3, 4 * (block + past) - 3)
+    shown = slice(0 if begin else 4 * block - 3, 4 * (block + past) - 3)
     top, left = (int(rng.integers(0, side - cells + 1)) for side in latent.shape[1:3])
     pixels = clip["video"].shape[1] // latent.shape[1]
     result = {"latent": latent[block - past : block + past, top : top + cells, left : left + cells]}
@@ -226,17 +232,29 @@ def window_batches(
     config: PredictionsConfig, past: int, held_out: int = 0, *, batch: int, workers: int = 0
 ) -> Batches:
     """Endless batches of windows of all clips but the last `held_out`: `latent` [B, 2 past, c, c, Z], and
-    `video`, `weight` and `record` as `data.clips`."""
-    cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth)
+    `video`, `weight` and `record` as `data.clips`: frames of the last `past` latents, or of all of them where
+    the windows begin with the clips."""
     source = predicted_clips(config, slice(config.clips - held_out))
-    clips = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat(EPOCHS).random_map(cut)
-    return Batches(functools.partial(stacked, clips, batch), workers=workers, counted=batch)
+
+    def windows(begin: bool) -> grain.MapDataset:
+        cut = functools.partial(random_window, past=past, cells=config.cells, truth=config.truth, begin=begin)
+        clips = grain.MapDataset.source(source).seed(config.seed + begin)
+        return clips.shuffle().repeat(EPOCHS).random_map(cut)
+
+    kinds = [(begin, share) for begin, share in ((False, 1 - config.begin), (True, config.begin)) if share]
+
+    def order(part: int, parts: int) -> grain.MapDataset:
+        batches = [stacked(windows(begin), batch, part, parts) for begin, _ in kinds]
+        return grain.MapDataset.mix(batches, weights=[share for _, share in kinds])
+
+    return Batches(order, workers=workers, counted=batch)
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
     """`loss(params, frozen, batch, key)` of `run_step`, for batches of `window_batches`.
 
-    What the decoder remembers of the latents before the window is given: no gradient goes through it.
+    What the decoder remembers of the latents before the window is given: no gradient goes through it. A
+    beginning is drawn with nothing before it, as that of a stream.
     """
 
     def loss_fn(
@@ -244,9 +262,13 @@ def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
     ) -> tuple[Array, dict[str, Array]]:
         model: CausalVAE = merge(params, frozen)
         video, weight = unpack(batch)
-        before, window = jnp.split(batch["latent"].astype(jnp.float32), 2, axis=1)
-        _, cache = model.stream_decode(before, None, first=True)
-        drawn, _ = model.stream_decode(window, jax.lax.stop_gradient(cache), first=False)
+        latent = batch["latent"].astype(jnp.float32)
+        before, window = jnp.split(latent, 2, axis=1)
+        if video.shape[1] > 4 * window.shape[1]:
+            drawn = model.decode(latent)
+        else:
+            _, cache = model.stream_decode(before, None, first=True)
+            drawn, _ = model.stream_decode(window, jax.lax.stop_gradient(cache), first=False)
         return reconstruction_loss(drawn, video, weight, config)
 
     return loss_fn

@@ -98,7 +98,7 @@ def test_a_window_shows_the_frames_of_its_last_latents() -> None:
     }
     random, seen = np.random.default_rng(0), set()
     for _ in range(200):
-        window = random_window(clip, random, past=past, cells=2, truth=0.25)
+        window = random_window(clip, random, past=past, cells=2, truth=0.25, begin=False)
         assert window["latent"].shape == (2 * past, 2, 2, 3)
         np.testing.assert_array_equal(window["video"][::4, ::8, ::8], window["latent"][past:, :, :, :2])
         np.testing.assert_array_equal(window["weight"][::4, ::2, ::2], window["latent"][past:, :, :, 1])
@@ -106,6 +106,10 @@ def test_a_window_shows_the_frames_of_its_last_latents() -> None:
     assert {place[0] for place in seen} == {0.0, 3.0}  # where windows begin
     assert {place[1] for place in seen} == {float(4 * y + x) for y in range(3) for x in range(3)}
     assert {place[2] for place in seen} == {0.0, 1.0}
+    window = random_window(clip, random, past=past, cells=2, truth=0.25, begin=True)
+    assert window["video"].shape == (8 * past - 3, 16, 16, 2)
+    np.testing.assert_array_equal(window["video"][0, ::8, ::8], window["latent"][0, :, :, :2])
+    np.testing.assert_array_equal(window["video"][1::4, ::8, ::8], window["latent"][1:, :, :, :2])
 
 
 def test_predictions_lie_on_the_networks_line_through_the_noised_truth(run: DecoderRun) -> None:
@@ -217,9 +221,11 @@ def test_windows_are_named_by_their_clips(tmp_path: Path) -> None:
     assert predicted_clips(config, slice(3, 4))[0]["record"] == 3
 
 
-def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun) -> None:
+@pytest.mark.parametrize("begin", [0.0, 1.0])
+def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun, begin: float) -> None:
     prepare_predictions(run)
-    batch = next(window_batches(run.predictions, 3, batch=2))
+    batch = next(window_batches(dataclasses.replace(run.predictions, begin=begin), 3, batch=2))
+    assert batch["video"].shape[1] == (21 if begin else 12)
     vae = make_vae(VAE, rngs=nnx.Rngs(0))
     loss, _ = decoder.make_loss(lambda params, frozen: vae, run.loss)({}, {}, batch, jax.random.key(0))
     video, weight = unpack(batch)
