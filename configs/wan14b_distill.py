@@ -8,14 +8,14 @@ Motion frames are gone. The rollout has the levels, ring and sink of the sampler
 steps.
 """
 
+from configs.wan14b_forcing import DATA, MODEL
 from lavatar_jax.checkpoints.runs import CheckpointConfig
-from lavatar_jax.config import PAPER, DiTConfig
+from lavatar_jax.config import PAPER
 from lavatar_jax.parallel import MeshConfig
 from lavatar_jax.training.distill import DistillRun
 from lavatar_jax.training.distill_step import DistillConfig
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig
-from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.scores import ScoreConfig
@@ -24,19 +24,12 @@ from lavatar_jax.training.weights import LoraConfig
 
 
 def get_config() -> DistillRun:
-    model = DiTConfig(attention="chunked")
     return DistillRun(
         out="runs/wan14b_distill",
         init="Wan2.2-S2V-14B-jax",
-        model=model,
+        model=MODEL,
         clip=(21, 90, 50),
-        data=LatentsConfig(
-            folder="shards",
-            vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
-            clips=0,
-            text_len=model.text_len,
-            text_dim=model.text_dim,
-        ),
+        data=DATA,
         sampling=PAPER,
         rollout=SelfForcingConfig(transition="renoise", shift=5.0, grad_frames=21),
         score=ScoreConfig(kind="bidirectional", without_audio="zeros", without_text="zeros"),

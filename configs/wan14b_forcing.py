@@ -15,21 +15,23 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.weights import LoraConfig
 
+MODEL = DiTConfig(attention="chunked")
+DATA = LatentsConfig(
+    folder="shards",
+    vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
+    clips=0,
+    text_len=MODEL.text_len,
+    text_dim=MODEL.text_dim,
+)
+
 
 def get_config() -> DiTRun:
-    model = DiTConfig(attention="chunked")
     return DiTRun(
         out="runs/wan14b_forcing",
         init="Wan2.2-S2V-14B-jax",
-        model=model,
+        model=MODEL,
         clip=(21, 90, 50),
-        data=LatentsConfig(
-            folder="shards",
-            vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
-            clips=0,
-            text_len=model.text_len,
-            text_dim=model.text_dim,
-        ),
+        data=DATA,
         loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0),
         lora=LoraConfig(rank=128, alpha=64.0, base="bfloat16"),
         train=LoopConfig(

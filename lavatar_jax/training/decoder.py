@@ -66,9 +66,7 @@ class PredictionsConfig:
     clips: int = 600  # the first of the records
     cells: int = 8  # latent rows and columns of a window
     truth: float = 0.3  # share of the windows with the encoder's latents instead of predicted ones
-    begin: float = (
-        0.2  # share of the batches whose windows are the beginning of a clip, drawn from its first frame
-    )
+    begin: float = 0.2  # share of the batches whose windows are beginnings of clips, with all their frames
     seed: int = 0
 
 

@@ -44,9 +44,8 @@ class DistillRun(Run):
     """Everything that `train.py` can set for stage 2. `train.learning_rate` is the student's.
 
     `init`: what student, critic and teacher start from: a run of stage 1, or a model folder. `teacher`:
-    another one for teacher and critic. `lora` of a rank: student and
-    critic are adapters on `init`, which is the teacher itself, so that the weights exist once; `lora.init`:
-    the student's adapters of stage 1.
+    another one for teacher and critic. `lora` of a rank: student and critic are adapters on `init`, which is
+    the teacher itself, so that the weights exist once; `lora.init`: the student's adapters of stage 1.
     """
 
     out: str = "runs/distill"

@@ -56,9 +56,7 @@ class LatentsConfig:
     """
 
     folder: str = "runs/latents"
-    vae: str = (
-        "runs/vae"  # what encodes, and shows samples: a run of stage 0 (its averages), or a model folder
-    )
+    vae: str = "runs/vae"  # what encodes, and shows samples: a run of stage 0, or a model folder
     speech: str = "runs/speech"  # recordings, written by lavatar_jax.data.speech.write_corpus
     clips: int = 1600
     blocks: int = 4
