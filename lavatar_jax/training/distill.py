@@ -169,7 +169,8 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
     weights = np.array(config.rollout.exit_weights or (1.0,) * sampling.steps)
     extra = int(sampling.history != "noisy")
     forwards = float(weights @ np.arange(1, len(weights) + 1) / weights.sum()) + extra
-    judged = clip * (2 + bool(config.loss.guidance) + bool(config.loss.fake_guidance))
+    guided = (config.loss.guidance, config.loss.text_guidance, config.loss.fake_guidance)
+    judged = clip * (2 + sum(map(bool, guided)))
     replayed = blocks * step_flops(block, lora=lora) + (lead + extra * (blocks + lead)) * block
     streamed = (blocks + lead) * forwards * block
     return streamed + step_flops(clip, lora=lora) + (judged + replayed) / config.distill.update_ratio

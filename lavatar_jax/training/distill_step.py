@@ -30,7 +30,7 @@ from lavatar_jax.training.dynaforcing import (
 )
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import clip_by_norm
-from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, pose_of, unconditional
+from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, make_judges, pose_of
 from lavatar_jax.training.self_forcing import (
     Rollout,
     SelfForcingConfig,
@@ -230,12 +230,7 @@ def make_distill_step(
         """Derivative of the student's loss by its clip."""
         teacher, critic = roles.teacher(frozen["params"]), roles.critic(state.critic, frozen["params"])
         noise, t_BF = draw_noise(key, clip, exit_step)
-        networks: dict[str, Any] = {
-            "real": make_denoiser(teacher, batch, score, grid),
-            "real_uncond": make_denoiser(teacher, unconditional(batch, score), score, grid),
-            "fake": make_denoiser(critic, batch, score, grid),
-            "fake_uncond": make_denoiser(critic, unconditional(batch, score), score, grid),
-        }
+        networks = make_judges(teacher, critic, batch, score, grid)
         statistics, weight_B = state.rewards, jnp.ones(clip.shape[0])
         if rewards:
             values = jnp.stack(

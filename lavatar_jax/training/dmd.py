@@ -32,6 +32,7 @@ class DMDConfig:
     below_exit: bool = False  # draw only timesteps below the step at which the rollout was left
     above_next: bool = False  # draw only timesteps above the step that would have come next
     guidance: float = 3.0  # of the real score: cond + guidance * (cond - uncond)
+    text_guidance: float = 0.0  # besides, away from the real score with no prompt; 0 saves a forward
     fake_guidance: float = 0.0  # of the fake score; 0 saves its second forward
 
 
@@ -61,9 +62,12 @@ def shift_timestep(t: ArrayLike, config: DMDConfig) -> Array:
     return jnp.clip(t, config.lowest, config.highest)
 
 
-def guide(cond: Array, uncond: Array, scale: float) -> Array:
-    """Classifier-free guidance as Self-Forcing counts it: scale 0 is the conditional prediction."""
-    return cond + scale * (cond - uncond)
+def guide(cond: Array, *away: tuple[float, Callable[[], Array]]) -> Array:
+    """Classifier-free guidance as Self-Forcing counts it: scale 0 is the conditional prediction.
+
+    `away`: pairs of a scale and what gives the prediction to lead away from; called if the scale is not 0.
+    """
+    return cond + sum(scale * (cond - uncond()) for scale, uncond in away if scale)
 
 
 def score_difference(
@@ -73,24 +77,27 @@ def score_difference(
     *,
     real: Denoiser,
     real_uncond: Denoiser | None = None,
+    real_no_text: Denoiser | None = None,
     fake: Denoiser,
     fake_uncond: Denoiser | None = None,
 ) -> tuple[Float[Array, "B F H W C"], Float[Array, "B F H W C"]]:
     """(fake - real, real): how the two guided predictions of the clean latents differ, and the teacher's.
 
-    An unconditional prediction is only called where its guidance is not 0.
+    What guidance leads away from is only called where its scale is not 0; ValueError if it is then missing.
     """
 
-    def guided(name: str, cond: Denoiser, uncond: Denoiser | None, scale: float) -> Array:
-        guess = cond(noisy, t_BF)
-        if not scale:
-            return guess
+    def ask(uncond: Denoiser | None) -> Array:
         if uncond is None:
-            raise ValueError(f"guidance of the {name} score needs its unconditional prediction")
-        return guide(guess, uncond(noisy, t_BF), scale)
+            raise ValueError("guidance needs the prediction that it leads away from")
+        return uncond(noisy, t_BF)
 
-    guess_real = guided("real", real, real_uncond, config.guidance)
-    return guided("fake", fake, fake_uncond, config.fake_guidance) - guess_real, guess_real
+    guess_real = guide(
+        real(noisy, t_BF),
+        (config.guidance, lambda: ask(real_uncond)),
+        (config.text_guidance, lambda: ask(real_no_text)),
+    )
+    guess_fake = guide(fake(noisy, t_BF), (config.fake_guidance, lambda: ask(fake_uncond)))
+    return guess_fake - guess_real, guess_real
 
 
 def normalise(

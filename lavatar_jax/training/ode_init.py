@@ -21,18 +21,18 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.distill import DistillRun, make_roles, starting_weights
 from lavatar_jax.training.distill_step import Roles
-from lavatar_jax.training.dmd import guide
+from lavatar_jax.training.dmd import DMDConfig, guide
 from lavatar_jax.training.latents import open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.run import fit_run, run_step
 from lavatar_jax.training.samples import make_sampler
-from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional
+from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional, without_prompt
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OdeRun(DistillRun):
-    """As for stage 2, without use of `rollout`, `dyna` and `distill`. `loss.guidance` is the teacher's."""
+    """As for stage 2, without `rollout`, `dyna` and `distill`, and of `loss` only the teacher's guidance."""
 
     out: str = "runs/ode"
     substeps: int = 4  # of the teacher for each step of the student
@@ -45,17 +45,21 @@ def walk(
     sigmas: Float[Array, " S+1"],
     score: ScoreConfig,
     *,
-    guidance: float,
+    loss: DMDConfig,
     substeps: int,
 ) -> tuple[Float[Array, "S B F H W C"], Float[Array, "B F H W C"]]:
-    """The teacher's path -> (where it is at each of the student's levels, its end)."""
+    """The teacher's path, guided as in `loss` -> (where it is at each of the student's levels, its end)."""
     cond = make_flow(teacher, batch, score)
     uncond = make_flow(teacher, unconditional(batch, score), score)
+    no_text = make_flow(teacher, without_prompt(batch), score)
 
     def velocity(x: Array, sigma: Array) -> Array:
         t_BF = jnp.full(x.shape[:2], TIMESTEPS * sigma)
-        v = cond(x, t_BF)
-        return guide(v, uncond(x, t_BF), guidance) if guidance else v
+        return guide(
+            cond(x, t_BF),
+            (loss.guidance, lambda: uncond(x, t_BF)),
+            (loss.text_guidance, lambda: no_text(x, t_BF)),
+        )
 
     def step(x: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         first, last = ends
@@ -86,7 +90,7 @@ def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
                 noise,
                 sigmas,
                 config.score,
-                guidance=config.loss.guidance,
+                loss=config.loss,
                 substeps=config.substeps,
             )
         )

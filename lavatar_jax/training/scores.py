@@ -34,11 +34,16 @@ class ScoreConfig:
 
 def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
     """The batch as guidance leads away from it."""
-    audio, text = batch["audio"], batch["text"]
+    audio = batch["audio"]
     if config.without_audio != "keep":
         audio = jnp.zeros_like(audio) if config.without_audio == "zeros" else jnp.roll(audio, 1, axis=0)
-    text = jnp.zeros_like(text) if config.without_text == "zeros" else text
-    return {**batch, "audio": audio, "text": text}
+    batch = {**batch, "audio": audio}
+    return without_prompt(batch) if config.without_text == "zeros" else batch
+
+
+def without_prompt(batch: Batch) -> Batch:
+    """The batch as text dropout shows it (`ForcingConfig.text_dropout`)."""
+    return {**batch, "text": jnp.zeros_like(batch["text"])}
 
 
 def pose_of(dit: CausalDiT, batch: Batch) -> Float[Array, "B F H W C"] | None:
@@ -87,3 +92,17 @@ def make_denoiser(
     """`make_flow`, but -> clean latents, at the grid's noise level."""
     flow = make_flow(dit, batch, config, remat=remat)
     return lambda noisy, t_BF: grid.flow_to_x0(noisy, flow(noisy, t_BF), t_BF)
+
+
+def make_judges(
+    teacher: CausalDiT, critic: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid
+) -> dict[str, Denoiser]:
+    """What `dmd.dmd_loss` asks about a batch, by the names that it has there."""
+    bare = unconditional(batch, config)
+    return {
+        "real": make_denoiser(teacher, batch, config, grid),
+        "real_uncond": make_denoiser(teacher, bare, config, grid),
+        "real_no_text": make_denoiser(teacher, without_prompt(batch), config, grid),
+        "fake": make_denoiser(critic, batch, config, grid),
+        "fake_uncond": make_denoiser(critic, bare, config, grid),
+    }

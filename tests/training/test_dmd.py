@@ -67,10 +67,21 @@ def test_a_perfect_teacher_gives_a_finite_gradient() -> None:
 def test_guidance_of_the_fake_score_is_an_option() -> None:
     guided = dataclasses.replace(CONFIG, fake_guidance=2.0)
     plain, _ = score_difference(normal(0), T, CONFIG, **NETWORKS)
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="leads away from"):
         score_difference(normal(0), T, guided, **NETWORKS)
     difference, _ = score_difference(normal(0), T, guided, **NETWORKS, fake_uncond=constant(normal(5)))
     np.testing.assert_allclose(difference - plain, 2.0 * (normal(3) - normal(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_by_the_prompt_adds_to_the_teachers_other_guidance() -> None:
+    guided = dataclasses.replace(CONFIG, text_guidance=0.5)
+    plain, plain_real = score_difference(normal(0), T, CONFIG, **NETWORKS)
+    with pytest.raises(ValueError, match="leads away from"):
+        score_difference(normal(0), T, guided, **NETWORKS)
+    difference, real = score_difference(normal(0), T, guided, **NETWORKS, real_no_text=constant(normal(5)))
+    push = 0.5 * (normal(1) - normal(5))
+    np.testing.assert_allclose(real - plain_real, push, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(difference - plain, -push, rtol=1e-4, atol=1e-5)
 
 
 def test_a_perfect_critic_has_no_loss_and_only_the_critic_learns() -> None:

@@ -32,17 +32,26 @@ BATCH = {
 def test_the_teacher_walks_in_small_guided_steps_by_the_students_levels() -> None:
     noise, sigmas = normal(5, 2, 6, 4, 4, 3), FlowSchedule(steps=2, shift=3.0).sigmas
     states, end = jax.jit(
-        lambda noise: walk(MODEL, BATCH, noise, jnp.asarray(sigmas), SCORE, guidance=0.5, substeps=3)
+        lambda noise: walk(
+            MODEL,
+            BATCH,
+            noise,
+            jnp.asarray(sigmas),
+            SCORE,
+            loss=DMDConfig(guidance=0.5, text_guidance=0.25),
+            substeps=3,
+        )
     )(noise)
     cond = jax.jit(make_flow(MODEL, BATCH, SCORE))
     uncond = jax.jit(make_flow(MODEL, unconditional(BATCH, SCORE), SCORE))
+    no_text = jax.jit(make_flow(MODEL, {**BATCH, "text": jnp.zeros_like(BATCH["text"])}, SCORE))
     x, here = noise, []
     for first, last in itertools.pairwise(sigmas):
         here.append(x)
         levels = np.linspace(first, last, 4)
         for level, following in itertools.pairwise(levels):
             t = jnp.full((2, 6), 1000.0 * level)
-            v = 1.5 * cond(x, t) - 0.5 * uncond(x, t)
+            v = 1.75 * cond(x, t) - 0.5 * uncond(x, t) - 0.25 * no_text(x, t)
             x = x + (following - level) * v
     np.testing.assert_allclose(states, jnp.stack(here), atol=1e-4)
     np.testing.assert_allclose(end, x, atol=1e-4)
