@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -96,8 +96,8 @@ def make_denoiser(
 
 def make_judges(
     teacher: CausalDiT, critic: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid
-) -> dict[str, Denoiser]:
-    """What `dmd.dmd_loss` asks about a batch, by the names that it has there."""
+) -> dict[str, Any]:
+    """The `Denoiser`s that `dmd.dmd_loss` asks about a batch, by the names that it has for them."""
     bare = unconditional(batch, config)
     return {
         "real": make_denoiser(teacher, batch, config, grid),
