@@ -184,5 +184,5 @@ def other_parameters(config: DiTConfig) -> int:
     text = config.text_dim * d + d**2
     time = config.freq_dim * d + 7 * d**2
     streams = 3 * (a * (config.audio_tokens + 1) * d // 4 + d**2 // 8 + d**2 // 2) + d**2
-    packer = config.use_motion * d * config.latent_channels * 4 * (1 + 8 + 64)
+    packer = config.use_motion * d * config.latent_channels * config.patch**2 * (1 + 8 + 64)
     return text + time + streams + packer

@@ -131,7 +131,7 @@ class CausalDiT(nnx.Module):
         if config.use_pose:
             self.pose_embed = PatchEmbed(patch, config.latent_channels, width, rngs=rngs, zero=True)
         if config.use_motion:
-            self.motion_packer = MotionPacker(config.latent_channels, width, rngs=rngs)
+            self.motion_packer = MotionPacker(config.latent_channels, width, config.patch, rngs=rngs)
         self.cond_mask = nnx.Param(0.02 * jax.random.normal(rngs.params(), (3, width)))
         self.text_embed = MLP(config.text_dim, width, width, gelu_tanh, rngs=rngs)
         self.time_embed = MLP(config.freq_dim, width, width, jax.nn.silu, rngs=rngs, float32=True)

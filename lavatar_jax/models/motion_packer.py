@@ -13,21 +13,25 @@ FRAMES = sum(_BUCKETS)
 
 
 class MotionPacker(nnx.Module):
-    """Newest frame in patches of 1x2x2, the two before in 2x4x4, the sixteen before those in 4x8x8."""
+    """Newest frame in patches of 1xPxP, the two before in 2x2Px2P, the sixteen before those in 4x4Px4P.
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.near = PatchEmbed((1, 2, 2), channels, width, rngs=rngs)
-        self.middle = PatchEmbed((2, 4, 4), channels, width, rngs=rngs)
-        self.far = PatchEmbed((4, 8, 8), channels, width, rngs=rngs)
+    P is `patch`, the transformer's; 2 in all published models.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int = 2, *, rngs: nnx.Rngs) -> None:
+        self.near = PatchEmbed((1, patch, patch), channels, width, rngs=rngs)
+        self.middle = PatchEmbed((2, 2 * patch, 2 * patch), channels, width, rngs=rngs)
+        self.far = PatchEmbed((4, 4 * patch, 4 * patch), channels, width, rngs=rngs)
 
     def __call__(self, motion_BFHWC: Float[Array, "B F H W C"], add_last_motion: int = 2) -> Array:
-        """-> tokens [B, T, D], newest first; T as `rope.motion_grids` says. H, W of at least 8.
+        """-> tokens [B, T, D], newest first; T as `rope.motion_grids` says. H, W of at least 4 P.
 
         Fewer than 19 frames are padded with zeros in front, of more the last 19 are used.
         `add_last_motion` 1 (0) blanks the newest 1 (3) frames; their tokens stay.
         """
-        if min(motion_BFHWC.shape[2:4]) < 8:
-            raise ValueError(f"motion latents must be at least 8x8, got {motion_BFHWC.shape[2:4]}")
+        least = self.far.weight.shape[1]
+        if min(motion_BFHWC.shape[2:4]) < least:
+            raise ValueError(f"motion latents must be at least {least}x{least}, got {motion_BFHWC.shape[2:4]}")
         motion = motion_BFHWC[:, -FRAMES:]
         motion = jnp.pad(motion, ((0, 0), (FRAMES - motion.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         blank = {2: 0, 1: 1, 0: 3}[add_last_motion]

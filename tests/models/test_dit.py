@@ -225,6 +225,14 @@ def test_motion_latents_below_8x8_are_refused() -> None:
         train(model, motion_BFHWC=normal(0, 1, 19, 4, 4, 3))
 
 
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_motion_tokens_are_as_many_as_their_positions(patch: int) -> None:
+    size = 4 * patch
+    model = random_dit(tiny_config(use_motion=True, patch=patch))
+    tokens = model.motion_packer(normal(0, 1, 3, size, 2 * size, 3))
+    assert tokens.shape[1] == sum(math.prod(grid.shape) for grid in rp.motion_grids(size, 2 * size, patch))
+
+
 def test_a_sink_of_another_size_than_the_cache_is_refused() -> None:
     model = random_dit(CONFIG)
     with pytest.raises(ValueError, match="holds 5 sink tokens, the sink has 4"):
