@@ -1,10 +1,10 @@
 """Students that were trained otherwise, for tools/ablate.py: each differs from the first in one option.
 
-    python tools/ablate_training.py [--teacher runs/dit] [--vae runs/decoder] [--seconds 300] [-- OPTION ...]
+    python tools/ablate_training.py [--teacher runs/dit] [--vae runs/decoder] [--steps 200] [-- OPTION ...]
 
-All start from the same model of stage 1 and train for the same time; what follows `--` goes to every
-training. An interrupted call goes on where it was. Writes OUT/models/NAME and prints the call that measures
-them.
+All train for as many steps from the same model of stage 1, but for the last two, which compare stage 1 with
+and without motion frames, from nothing. What follows `--` goes to every training. An interrupted call goes on
+where it was. Writes OUT/models/NAME and prints the call that measures them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,33 @@ from lavatar_jax.errors import UserError
 from tools.package_model import Arguments, package
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE_2, ODE = "configs/tiny_distill.py", "configs/tiny_ode.py"
+STAGE_1, ODE, STAGE_2 = (f"configs/tiny_{name}.py" for name in ("dit", "ode", "distill"))
 SYNC_REWARD = ("--dyna.alpha", "0.5", "--dyna.rewards", "lavatar_jax.training.rewards:mouth_sync", "1")
+# The records have three latent frames before each clip, of 9 video frames.
+SCAFFOLD = ("--model.use-motion", "--model.motion-frames", "9", "3")
 
-# Name in the table -> options of stage 2
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "stage 2, short": (),
-    "clean cache": ("--sampling.history", "clean"),
-    "fixed-noise cache": ("--sampling.history", "fixed_noise"),
-    "no hybrid starts": ("--dyna.hybrid", "0", "--distill.regression", "0"),
-    "sync reward": SYNC_REWARD,
-    "no guidance": ("--loss.guidance", "0", "--loss.text-guidance", "0"),
-    "2 steps": ("--sampling.steps", "2"),
-    "1 step": ("--sampling.steps", "1", "--dyna.hybrid", "0"),
-    "ODE-initialised": (),
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Options of stage 2, and what comes before it."""
+
+    options: tuple[str, ...] = ()
+    paths: bool = False  # in a third of the steps the student follows the teacher's paths
+    forcing: tuple[str, ...] | None = None  # options of a stage 1 from nothing, which makes the teacher
+
+
+VARIANTS = {
+    "stage 2, short": Variant(),
+    "clean cache": Variant(("--sampling.history", "clean")),
+    "fixed-noise cache": Variant(("--sampling.history", "fixed_noise")),
+    "no hybrid starts": Variant(("--dyna.hybrid", "0", "--distill.regression", "0")),
+    "sync reward": Variant(SYNC_REWARD),
+    "no guidance": Variant(("--loss.guidance", "0", "--loss.text-guidance", "0")),
+    "2 steps": Variant(("--sampling.steps", "2")),
+    "1 step": Variant(("--sampling.steps", "1", "--dyna.hybrid", "0")),
+    "ODE-initialised": Variant(paths=True),
+    "short stage 1": Variant(forcing=()),
+    "short stage 1 with scaffold": Variant(SCAFFOLD, forcing=SCAFFOLD),
 }
 
 
@@ -48,8 +61,10 @@ class AblateTraining:
     """Model of stage 1: a run or a model folder."""
     vae: str = "runs/decoder"
     """What draws the students' latents: a run of stage 0 or of the decoder, or a model folder."""
-    seconds: float = 300.0
-    """Of training for each; compiling takes longer."""
+    steps: int = 200
+    """Of stage 2 for each, 1.5 to 2.5 seconds a step on two CPU cores."""
+    forcing_steps: int = 600
+    """Of stage 1, for the variants that have their own."""
     only: tuple[str, ...] = ()
     """Train variants with this in their name."""
     out: Path = Path("runs/variants")
@@ -70,6 +85,10 @@ def train(config: str, options: Sequence[str]) -> None:
         raise UserError(f"a training ended with exit code {code}: {shlex.join(command)}")
 
 
+def steps_of(count: int) -> list[str]:
+    return ["--train.steps", str(count)]
+
+
 def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> Path:
     """-> the model folder. Raises as `train` does."""
     slug = name.replace(" ", "-").replace(",", "")
@@ -77,16 +96,16 @@ def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> 
     model = options.out / "models" / slug
     if (model / "config.json").is_file():
         return model
-    seconds = options.seconds
+    variant, steps = VARIANTS[name], options.steps
+    if variant.forcing is not None:
+        teacher = str(out.with_name(f"{slug}-forcing"))
+        train(STAGE_1, ["--out", teacher, *steps_of(options.forcing_steps), *variant.forcing, *shared])
     start = ["--init", teacher]
-    if name == "ODE-initialised":  # a third of the time follows paths
-        ode = out.with_name(f"{slug}-paths")
-        train(ODE, [*start, "--out", str(ode), "--train.seconds", str(seconds / 3), *shared])
-        start, seconds = ["--init", str(ode), "--teacher", teacher], seconds * 2 / 3
-    train(
-        STAGE_2,
-        [*start, "--out", str(out), "--train.seconds", str(seconds), *VARIANTS[name], *shared],
-    )
+    if variant.paths:
+        paths = str(out.with_name(f"{slug}-paths"))
+        train(ODE, [*start, "--out", paths, *steps_of(steps // 3), *shared])
+        start, steps = ["--init", paths, "--teacher", teacher], steps - steps // 3
+    train(STAGE_2, [*start, "--out", str(out), *steps_of(steps), *variant.options, *shared])
     return package(Arguments(vae=options.vae, dit=str(out), out=str(model), name=slug))
 
 

@@ -29,34 +29,42 @@ def option(options: list[str], name: str) -> str:
     return options[options.index(name) + 1]
 
 
-def test_every_variant_is_trained_once_from_the_same_teacher_for_the_same_time(
+def test_every_variant_is_trained_once_from_the_same_teacher_for_as_many_steps(
     trained: list[tuple[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call = ["--teacher", "T", "--seconds", "60", "--out", str(tmp_path), "--", "--data.folder", "D"]
-    ablate_training.main([*call[:-3], "--only", "short", "cache", "--", *call[-2:]])
+    call = ["--teacher", "T", "--steps", "60", "--out", str(tmp_path), "--", "--data.folder", "D"]
+    ablate_training.main([*call[:-3], "--only", "stage 2", "cache", "--", *call[-2:]])
     assert [option(options, "--out") for _, options in trained] == [
         str(tmp_path / name) for name in ("stage-2-short", "clean-cache", "fixed-noise-cache")
     ]
     ablate_training.main(call)
-    runs = [option(options, "--out") for _, options in trained]
-    assert len(runs) == len(set(runs)) == len(ablate_training.VARIANTS) + 1, "one more for the ODE stage"
-    assert all(option(options, "--data.folder") == "D" for _, options in trained)
-    seconds = {option(options, "--out"): float(option(options, "--train.seconds")) for _, options in trained}
-    paths, after = str(tmp_path / "ODE-initialised-paths"), str(tmp_path / "ODE-initialised")
-    assert seconds.pop(paths) + seconds.pop(after) == 60
-    assert set(seconds.values()) == {60}
-    last = trained[-1][1]
-    assert (option(last, "--init"), option(last, "--teacher")) == (paths, "T")
+    runs = {option(options, "--out").removeprefix(f"{tmp_path}/"): options for _, options in trained}
+    assert len(trained) == len(runs) == len(ablate_training.VARIANTS) + 3
+    assert all(option(options, "--data.folder") == "D" for options in runs.values())
+    steps = {name: int(option(options, "--train.steps")) for name, options in runs.items()}
+    paths, scaffold = "ODE-initialised-paths", "short-stage-1-with-scaffold"
+    assert steps.pop(paths) + steps.pop("ODE-initialised") == 60
+    assert steps.pop("short-stage-1-forcing") == steps.pop(f"{scaffold}-forcing") == 600
+    assert set(steps.values()) == {60}
+    after = runs["ODE-initialised"]
+    assert (option(after, "--init"), option(after, "--teacher")) == (str(tmp_path / paths), "T")
+    assert option(runs[scaffold], "--init") == str(tmp_path / f"{scaffold}-forcing")
+    assert all("--model.use-motion" in runs[name] for name in (scaffold, f"{scaffold}-forcing"))
     assert f"--model 'clean cache={tmp_path}/models/clean-cache'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ablate_training.VARIANTS)
-def test_every_variant_is_a_run_that_stage_2_understands(name: str) -> None:
+def test_every_variant_is_a_run_that_its_stages_understand(name: str) -> None:
     import tyro
 
-    default = load_config(str(ablate_training.ROOT / ablate_training.STAGE_2))
-    changed = tyro.cli(type(default), default=default, args=list(ablate_training.VARIANTS[name]))
-    assert (changed == default) == (not ablate_training.VARIANTS[name])
+    variant = ablate_training.VARIANTS[name]
+    for config, options in (
+        (ablate_training.STAGE_1, variant.forcing),
+        (ablate_training.STAGE_2, variant.options),
+    ):
+        default = load_config(str(ablate_training.ROOT / config))
+        changed = tyro.cli(type(default), default=default, args=list(options or ()))
+        assert (changed == default) == (not options)
 
 
 def test_what_is_wrong_is_said(trained: list[tuple[str, list[str]]]) -> None:
