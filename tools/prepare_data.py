@@ -2,8 +2,9 @@
 
 Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NAME.mp4 is its caption. Shots
 with exactly one face and audible speech become clips of 25 frames a second; `report.html` in the output says
-what was dropped and why. The same command goes on after an interruption, adds new videos, and takes captions
-that came later (not changed ones: they, other filters and other faces need another --out).
+what was dropped and why. The same command goes on after an interruption, adds new videos, looks again at
+those that gave nothing and have changed since, and takes captions that came later (not changed ones: they,
+other filters and other faces need another --out).
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 JOURNAL, REPORT = "videos.jsonl", "report.html"
 WORK, PICTURES = ".work", "pictures"
+BROKEN_TAR = "not a tar, or damaged"
+UNSETTLED = frozenset((BROKEN_TAR, CRASHED))  # reasons that may be gone at the next look
 SHEET_CLIPS, SHEET_FRAMES, SHEET_HEIGHT = 60, 5, 112  # of the report
 
 
@@ -107,9 +110,10 @@ def main(args: list[str]) -> None:
         _settle(options.out, settings, begun=bool(writer.rows))
         work = options.out / WORK
         shutil.rmtree(work, ignore_errors=True)
-        book = Book(writer, options)
+        book = Book(writer, options, sources)
         if late := book.forget_uncaptioned(sources):
             print(f"{late} videos have captions now: their records are made again")
+        book.forget_unsettled()
         jobs = [
             Job(source, work, encoder.sizes, options.faces, options.filters, encoder.shortest)
             for source in sources
@@ -117,7 +121,7 @@ def main(args: list[str]) -> None:
         ]
         try:
             for name in broken:
-                book.add(Outcome(name, dropped=[("whole file", "not a tar, or damaged")]), encoder)
+                book.add(Outcome(name, dropped=[("whole file", BROKEN_TAR)]), encoder)
             with Progress() as progress, contextlib.closing(cut_all(jobs, options.workers)) as outcomes:
                 for outcome in progress.track(outcomes, total=len(jobs), description="preparing videos"):
                     book.add(outcome, encoder)
@@ -163,8 +167,9 @@ class Book:
     A kill therefore costs the videos since the last shard, which are done again; their records are new ones.
     """
 
-    def __init__(self, writer: ShardWriter, options: Prepare) -> None:
+    def __init__(self, writer: ShardWriter, options: Prepare, sources: Sequence[Source]) -> None:
         self._writer, self._out, self._limit = writer, options.out, options.shard_records
+        self._stamps = {source.name: source.stamp for source in sources}
         path = options.out / JOURNAL
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         self.videos: list[dict[str, Any]] = [entry for line in lines if (entry := _parse(line))]
@@ -191,6 +196,19 @@ class Book:
             self._earlier -= collections.Counter({name: self._earlier[name] for name in late})
             self.save()
         return len(late)
+
+    def forget_unsettled(self) -> None:
+        """Forget what gave no records where another look may tell more: the file has changed since (it was
+        still being copied, say), or the process died (the system may have had no memory left)."""
+
+        def settled(video: dict[str, Any]) -> bool:
+            before, now = video.get("stamp"), self._stamps.get(video["name"])
+            changed = before is not None and now is not None and tuple(before) != now
+            crashed = any(reason in UNSETTLED for _, reason in video["dropped"])
+            return bool(video["records"]) or not (changed or crashed)
+
+        self.videos = [video for video in self.videos if settled(video)]
+        self.known = {video["name"] for video in self.videos}
 
     def add(self, outcome: Outcome, encoder: ClipEncoder) -> None:
         """Encode a video's pieces, write their records, remove the pieces."""
@@ -227,6 +245,7 @@ class Book:
         self._pending.append(
             {
                 "name": outcome.name,
+                "stamp": self._stamps.get(outcome.name),
                 "seconds": round(outcome.seconds, 2),
                 "fps": round(outcome.fps, 3),
                 "records": records,

@@ -20,6 +20,7 @@ class Source:
     path: Path
     member: str | None = None
     captioned: bool = False  # a .txt is beside it
+    stamp: tuple[int, int] | None = None  # of the file: size, nanoseconds of its last change
 
 
 def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
@@ -29,8 +30,10 @@ def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
     for path in sorted(folder.rglob("*")):
         name = _readable(path.relative_to(folder).as_posix())
         if path.suffix.lower() in VIDEOS and path.is_file():
-            sources.append(Source(name, path, captioned=path.with_suffix(".txt").is_file()))
+            captioned = path.with_suffix(".txt").is_file()
+            sources.append(Source(name, path, captioned=captioned, stamp=_stamp(path)))
         elif path.suffix.lower() == ".tar" and path.is_file():
+            stamp = _stamp(path)
             try:
                 with tarfile.open(path) as tar:
                     names = dict.fromkeys(member.name for member in tar if member.isfile())
@@ -38,11 +41,18 @@ def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
                 broken.append(name)
                 continue
             videos = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
-            sources += [
-                Source(f"{name}/{_readable(member)}", path, member, captioned=_caption_name(member) in names)
-                for member in videos
-            ]
+            for member in videos:
+                captioned = _caption_name(member) in names
+                sources.append(Source(f"{name}/{_readable(member)}", path, member, captioned, stamp))
     return sources, broken
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        about = path.stat()
+    except OSError:  # it has just gone; `fetch` says so
+        return None
+    return about.st_size, about.st_mtime_ns
 
 
 def _readable(name: str) -> str:

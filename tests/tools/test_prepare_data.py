@@ -1,5 +1,6 @@
 """Videos made here, good and broken ones, through the whole preparation; mostly with a toy VAE."""
 
+import functools
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from lavatar_jax.data.motion import Manner, talking_motion
 from lavatar_jax.data.shards import RENDERED, read_dataset, read_manifest
 from lavatar_jax.errors import UserError
 from tests.tools.videos import film, speech, still
-from tools import prepare_data, real_encode
+from tools import prepare_data, real_clips, real_encode
 from tools.real_clips import Job
 from tools.real_encode import ClipEncoder
 from tools.real_sources import Source, find_sources
@@ -279,6 +280,41 @@ def test_captions_that_come_later_are_taken(cheap_encoder: None, tmp_path: Path)
     before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
     assert prepare(*command) == 0
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+
+
+def test_what_gave_nothing_is_looked_at_again_when_it_may_give_more(
+    cheap_encoder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A video that is still being copied, one whose process was killed, and one that is simply bad."""
+    folder, looked_at = tmp_path / "in", []
+    folder.mkdir()
+    whole = still(tmp_path / "whole.mp4").read_bytes()
+    for name, data in (("copied", whole[: len(whole) // 2]), ("killed", whole), ("bad", b"no video")):
+        (folder / f"{name}.mp4").write_bytes(data)
+    (folder / "copied.tar").write_bytes(b"nonsense" * 200)
+
+    def cut(jobs: list[Job], workers: int, crashes: bool = False):
+        looked_at[:] = [job.source.name for job in jobs]
+        for job in jobs:
+            if crashes and job.source.name == "killed.mp4":
+                yield real_clips.Outcome(job.source.name, dropped=[("whole video", real_clips.CRASHED)])
+            else:
+                yield real_clips.cut_video(job)
+
+    command = (folder, "--out", tmp_path / "out", "--faces", "any", *OPTIONS)
+    monkeypatch.setattr(prepare_data, "cut_all", functools.partial(cut, crashes=True))
+    assert prepare(*command) == 2  # nothing of use yet
+    assert sorted(told(tmp_path / "out")) == ["bad.mp4", "copied.mp4", "copied.tar", "killed.mp4"]
+    monkeypatch.setattr(prepare_data, "cut_all", cut)
+    (folder / "copied.mp4").write_bytes(whole)
+    with tarfile.open(folder / "copied.tar", "w") as tar:
+        tar.add(tmp_path / "whole.mp4", "000.mp4")
+    assert prepare(*command) == 0
+    assert looked_at == ["copied.mp4", "copied.tar/000.mp4", "killed.mp4"]
+    assert {row["video"] for row in read_manifest(tmp_path / "out")} == set(looked_at)
+    assert sorted(told(tmp_path / "out")) == ["bad.mp4", "copied.mp4", "copied.tar/000.mp4", "killed.mp4"]
+    assert prepare(*command) == 0
+    assert looked_at == []
 
 
 def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp_path: Path):
