@@ -135,9 +135,9 @@ def measure(
 
 @functools.cache
 def digest(model: str) -> str:
-    """Of everything in a model folder."""
+    """Of everything in a model folder but what is told about it."""
     digest, folder = hashlib.sha256(), model_folder(model)
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"):
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -227,10 +227,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     others = dict(model.split("=", 1) for model in options.model)
+    known = list(variants(options.student, options.forcing, others))
+    if taken := [name for name in others if sum(variant.name == name for variant in known) > 1]:
+        raise UserError(f"--model {taken[0]}: a variant has this name already; give another")
     chosen = [
-        variant
-        for variant in variants(options.student, options.forcing, others)
-        if not options.only or any(part in variant.name for part in options.only)
+        variant for variant in known if not options.only or any(part in variant.name for part in options.only)
     ]
     if not chosen:
         raise UserError(f"no variant has {' or '.join(options.only)} in its name")

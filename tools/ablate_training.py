@@ -36,6 +36,7 @@ class Variant:
     options: tuple[str, ...] = ()
     paths: bool = False  # in a third of the steps the student follows the teacher's paths
     forcing: tuple[str, ...] | None = None  # options of a stage 1 from nothing, which makes the teacher
+    data: tuple[str, ...] = ()  # options of data that are its own
 
 
 VARIANTS = {
@@ -45,8 +46,9 @@ VARIANTS = {
     "no hybrid starts": Variant(("--dyna.hybrid", "0", "--distill.regression", "0")),
     "sync reward": Variant(SYNC_REWARD),
     "no guidance": Variant(("--loss.guidance", "0", "--loss.text-guidance", "0")),
-    "2 steps": Variant(("--sampling.steps", "2")),
-    "1 step": Variant(("--sampling.steps", "1", "--dyna.hybrid", "0")),
+    "trained for 2 steps": Variant(("--sampling.steps", "2")),
+    "trained for 1 step": Variant(("--sampling.steps", "1", "--dyna.hybrid", "0")),
+    "portraits as references": Variant(data=("--data.other-pose", "0", "--data.clips", "600")),
     "ODE-initialised": Variant(paths=True),
     "short stage 1": Variant(forcing=()),
     "short stage 1 with scaffold": Variant(SCAFFOLD, forcing=SCAFFOLD),
@@ -97,6 +99,8 @@ def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> 
     if (model / "config.json").is_file():
         return model
     variant, steps = VARIANTS[name], options.steps
+    if variant.data:
+        shared = [*shared, *variant.data, "--data.folder", str(out.with_name(f"{slug}-latents"))]
     if variant.forcing is not None:
         teacher = str(out.with_name(f"{slug}-forcing"))
         train(STAGE_1, ["--out", teacher, *steps_of(options.forcing_steps), *variant.forcing, *shared])

@@ -79,6 +79,9 @@ def test_results_of_another_model_are_not_taken_for_those_of_this_one(
             ablate.main([*arguments, *changed])
     another = tmp_path / "another"
     shutil.copytree(model_folder("tiny"), another)
+    (another / "MODEL_CARD.md").write_text("other words, the same model")
+    ablate.main([*arguments, "--student", str(another)])
+    ablate.digest.cache_clear()  # a model does not change while it is measured
     config = another / "config.json"
     config.write_text(config.read_text().replace('"fps": 25', '"fps": 24'))
     with pytest.raises(UserError, match="results of another model"):
@@ -96,7 +99,9 @@ def test_the_picture_is_drawn(tmp_path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("wrong", [["--model", "folder"], ["--only", "nothing of this name"]])
+@pytest.mark.parametrize(
+    "wrong", [["--model", "folder"], ["--only", "nothing of this name"], ["--model", "2 steps=folder"]]
+)
 def test_wrong_arguments_get_one_line(wrong, tmp_path) -> None:
     with pytest.raises(UserError):
         ablate.main([*wrong, "--out", str(tmp_path)])

@@ -40,7 +40,12 @@ def test_every_variant_is_trained_once_from_the_same_teacher_for_as_many_steps(
     ablate_training.main(call)
     runs = {option(options, "--out").removeprefix(f"{tmp_path}/"): options for _, options in trained}
     assert len(trained) == len(runs) == len(ablate_training.VARIANTS) + 3
+    own = runs["portraits-as-references"]
     assert all(option(options, "--data.folder") == "D" for options in runs.values())
+    assert [name for name, options in runs.items() if options.count("--data.folder") == 2] == [
+        "portraits-as-references"
+    ]
+    assert own[-2:] == ["--data.folder", f"{tmp_path}/portraits-as-references-latents"], "the last one counts"
     steps = {name: int(option(options, "--train.steps")) for name, options in runs.items()}
     paths, scaffold = "ODE-initialised-paths", "short-stage-1-with-scaffold"
     assert steps.pop(paths) + steps.pop("ODE-initialised") == 60
@@ -60,7 +65,7 @@ def test_every_variant_is_a_run_that_its_stages_understand(name: str) -> None:
     variant = ablate_training.VARIANTS[name]
     for config, options in (
         (ablate_training.STAGE_1, variant.forcing),
-        (ablate_training.STAGE_2, variant.options),
+        (ablate_training.STAGE_2, variant.options + variant.data),
     ):
         default = load_config(str(ablate_training.ROOT / config))
         changed = tyro.cli(type(default), default=default, args=list(options or ()))
