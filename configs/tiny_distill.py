@@ -23,7 +23,7 @@ def get_config() -> DistillRun:
         rollout=SelfForcingConfig(transition="euler", shift=3.0),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
         # Voice: at 0.5 mouths open too far, 1.6 times the true variance, against 1.0 so. Prompt: without it
-        # heads that are asked to be lively move two thirds as much as true ones.
+        # heads that are asked to be lively move too little to be told from others.
         loss=DMDConfig(shift=3.0, guidance=0.1, text_guidance=0.5),
         # Lip-sync holds on to real clips: some samples start from noised ones, and are pulled towards them.
         dyna=DynaConfig(hybrid=0.3),
