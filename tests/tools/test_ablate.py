@@ -26,7 +26,7 @@ def test_variants_of_stage_1_need_its_model() -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[tuple[str, int]]:
+def measured(monkeypatch) -> list[str | tuple[str, int]]:
     """What was measured, by a stand-in that takes no time."""
     calls = []
 
@@ -42,7 +42,7 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(ablate, "drift", drift)
     monkeypatch.setattr(ablate, "speech_numbers", lambda videos, *_: {"openness": 0.5 + videos[0] / 10})
     monkeypatch.setattr(ablate, "colour_numbers", lambda *_: {})
-    monkeypatch.setattr(ablate, "speed", lambda *_: {})
+    monkeypatch.setattr(ablate, "speed", lambda *_: calls.append("speed") or {"fps": 50.0})
     monkeypatch.setattr(
         ablate, "held_out_clips", lambda *_: [SimpleNamespace(identity=None, video=np.zeros((1, 8, 8, 3)))]
     )
@@ -56,8 +56,18 @@ def test_a_kept_result_is_not_measured_again(tmp_path, measured, capsys) -> None
     ablate.main(arguments)
     (tmp_path / "no-sink.1.json").unlink()
     ablate.main(arguments)
-    assert measured == [("talk", 0), ("drift", 0), ("talk", 1), ("drift", 1), ("talk", 1), ("drift", 1)]
-    assert "| no sink | 0.550 ± 0.050 | 1.0 ± 0.0 | 10.0 ± 0.0 |" in (tmp_path / "ablation.md").read_text()
+    assert measured == [("talk", 0), "speed", ("drift", 0), *2 * [("talk", 1), "speed", ("drift", 1)]]
+    row = "| no sink | 0.550 ± 0.050 | 1.0 ± 0.0 | 10.0 ± 0.0 | 50 ± 0 |"
+    assert row in (tmp_path / "ablation.md").read_text()
+
+
+def test_speed_can_wait_for_a_quiet_machine(tmp_path, measured, capsys) -> None:
+    arguments = ["--only", "no sink", "--seeds", "1", "--out", str(tmp_path)]
+    ablate.main([*arguments, "--no-speed"])
+    assert "frames/s" not in capsys.readouterr().out
+    ablate.main(arguments)
+    assert measured == [("talk", 0), ("drift", 0), "speed"]
+    assert "| 50 ± 0 |" in capsys.readouterr().out
 
 
 def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> None:
@@ -65,8 +75,9 @@ def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> Non
     ablate.main(arguments)
     ablate.main([*arguments, "--drift-seconds", "1000"])
     ablate.main(arguments)
-    assert measured == [("talk", 0), ("drift", 0), ("drift", 0)]
-    assert "| no sink | 0.500 ± 0.000 | 1.0 ± 0.0 | 10.0 ± 0.0 | 100.0 ± 0.0 |" in capsys.readouterr().out
+    assert measured == [("talk", 0), "speed", ("drift", 0), ("drift", 0)]
+    row = "| no sink | 0.500 ± 0.000 | 1.0 ± 0.0 | 10.0 ± 0.0 | 100.0 ± 0.0 | 50 ± 0 |"
+    assert row in capsys.readouterr().out
 
 
 def test_results_of_another_model_are_not_taken_for_those_of_this_one(
