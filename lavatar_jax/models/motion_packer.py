@@ -29,9 +29,9 @@ class MotionPacker(nnx.Module):
         Fewer than 19 frames are padded with zeros in front, of more the last 19 are used.
         `add_last_motion` 1 (0) blanks the newest 1 (3) frames; their tokens stay.
         """
-        least = self.far.weight.shape[1]
-        if min(motion_BFHWC.shape[2:4]) < least:
-            raise ValueError(f"motion latents must be at least {least}x{least}, got {motion_BFHWC.shape[2:4]}")
+        least, size = self.far.weight.shape[1], motion_BFHWC.shape[2:4]
+        if min(size) < least:
+            raise ValueError(f"motion latents must be at least {least}x{least}, got {size}")
         motion = motion_BFHWC[:, -FRAMES:]
         motion = jnp.pad(motion, ((0, 0), (FRAMES - motion.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         blank = {2: 0, 1: 1, 0: 3}[add_last_motion]
