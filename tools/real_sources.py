@@ -20,7 +20,8 @@ class Source:
     path: Path
     member: str | None = None
     captioned: bool = False  # a .txt is beside it
-    stamp: tuple[int, int] | None = None  # of the file: size, nanoseconds of its last change
+    # Size of the file and nanoseconds of its last change, when it was found.
+    stamp: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
 
 def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
