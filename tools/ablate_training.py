@@ -64,7 +64,7 @@ class AblateTraining:
     vae: str = "runs/decoder"
     """What draws the students' latents: a run of stage 0 or of the decoder, or a model folder."""
     steps: int = 200
-    """Of stage 2 for each, 1.5 to 2.5 seconds a step on two CPU cores."""
+    """Of stage 2 for each, about 1.5 seconds a step on two CPU cores."""
     forcing_steps: int = 600
     """Of stage 1, for the variants that have their own."""
     only: tuple[str, ...] = ()

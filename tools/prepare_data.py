@@ -111,7 +111,7 @@ def main(args: list[str]) -> None:
         work = options.out / WORK
         shutil.rmtree(work, ignore_errors=True)
         book = Book(writer, options, sources)
-        if late := book.forget_uncaptioned(sources):
+        if late := book.forget_uncaptioned():
             print(f"{late} videos have captions now: their records are made again")
         book.forget_unsettled()
         jobs = [
@@ -169,7 +169,7 @@ class Book:
 
     def __init__(self, writer: ShardWriter, options: Prepare, sources: Sequence[Source]) -> None:
         self._writer, self._out, self._limit = writer, options.out, options.shard_records
-        self._stamps = {source.name: source.stamp for source in sources}
+        self._sources = {source.name: source for source in sources}
         path = options.out / JOURNAL
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         self.videos: list[dict[str, Any]] = [entry for line in lines if (entry := _parse(line))]
@@ -178,14 +178,17 @@ class Book:
         # Of a video that a kill cut short, some records may be in a complete shard.
         self._earlier = collections.Counter(row.get("video") for row in writer.rows)
 
-    def forget_uncaptioned(self, sources: Sequence[Source]) -> int:
+    def _stamp(self, name: str) -> tuple[int, int] | None:
+        return self._sources[name].stamp if name in self._sources else None
+
+    def forget_uncaptioned(self) -> int:
         """Forget the videos with records whose captions came later; returns how many."""
         noted = {video["name"]: video["notes"] for video in self.videos if video["records"]}
         late = {
-            source.name
-            for source in sources
+            name
+            for name, source in self._sources.items()
             if source.captioned
-            and not NO_CAPTION.isdisjoint(noted.get(source.name, ()))
+            and not NO_CAPTION.isdisjoint(noted.get(name, ()))
             and read_caption(source)[1] is None
         }
         if late:
@@ -202,7 +205,7 @@ class Book:
         still being copied, say), or the process died (the system may have had no memory left)."""
 
         def settled(video: dict[str, Any]) -> bool:
-            before, now = video.get("stamp"), self._stamps.get(video["name"])
+            before, now = video.get("stamp"), self._stamp(video["name"])
             changed = before is not None and now is not None and tuple(before) != now
             crashed = any(reason in UNSETTLED for _, reason in video["dropped"])
             return bool(video["records"]) or not (changed or crashed)
@@ -245,7 +248,7 @@ class Book:
         self._pending.append(
             {
                 "name": outcome.name,
-                "stamp": self._stamps.get(outcome.name),
+                "stamp": self._stamp(outcome.name),
                 "seconds": round(outcome.seconds, 2),
                 "fps": round(outcome.fps, 3),
                 "records": records,
