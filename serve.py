@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from lavatar_jax.cli import keep_compilations, parse, run
+from lavatar_jax.cli import configure_jax, parse, run
 from lavatar_jax.inference.generate import Generate
 from lavatar_jax.serving.live import Live
 from lavatar_jax.serving.livekit_worker import LiveKit
@@ -17,5 +17,5 @@ def main(args: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped is as good as Ctrl-C
-    keep_compilations()
+    configure_jax()
     sys.exit(run(lambda: main(sys.argv[1:])))

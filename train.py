@@ -12,12 +12,14 @@ from typing import Any
 
 import tyro
 
-from lavatar_jax.cli import keep_compilations, run
+from lavatar_jax.cli import configure_jax, run
 from lavatar_jax.errors import UserError
 
 USAGE = (
     "usage: python train.py configs/NAME.py [--plan] [--option value ...]; configs/NAME.py --help lists them"
 )
+
+DESCRIPTION = "Train this stage. --plan: only say what memory it needs, on 128, 64 and 8 devices."
 
 
 def load_config(path: str) -> Any:
@@ -44,7 +46,9 @@ def main(arguments: list[str]) -> None:
     default = load_config(path)
     only_plan = "--plan" in options
     options = [option for option in options if option != "--plan"]
-    config = tyro.cli(type(default), default=default, args=options, prog=f"train.py {path}")
+    config = tyro.cli(
+        type(default), default=default, args=options, prog=f"train.py {path}", description=DESCRIPTION
+    )
 
     if only_plan:
         from lavatar_jax.training.plan import plan_text
@@ -61,5 +65,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    keep_compilations()
+    configure_jax()
     sys.exit(run(lambda: main(sys.argv[1:])))

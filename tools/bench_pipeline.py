@@ -46,9 +46,9 @@ if __name__ == "__main__":
     if OPTIONS.devices:  # jax reads it when it is imported
         flag = f"--xla_force_host_platform_device_count={OPTIONS.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    from lavatar_jax.cli import keep_compilations
+    from lavatar_jax.cli import configure_jax
 
-    keep_compilations()
+    configure_jax()
 
 import jax
 import numpy as np

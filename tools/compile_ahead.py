@@ -43,9 +43,9 @@ if __name__ == "__main__":
     if OPTIONS.devices:  # jax reads it when it is imported
         flag = f"--xla_force_host_platform_device_count={OPTIONS.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    from lavatar_jax.cli import keep_compilations
+    from lavatar_jax.cli import configure_jax
 
-    keep_compilations()
+    configure_jax()
     # Programs that compile fast are kept too: there are hundreds. In a check nothing is.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9" if OPTIONS.check else "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -27,6 +27,7 @@ from lavatar_jax.checkpoints.dry_run import plan_folder, plan_listings
 from lavatar_jax.checkpoints.hub import LORA_FILES, WAN_FILES, resolve
 from lavatar_jax.checkpoints.plan import Plan
 from lavatar_jax.cli import parse_options, run
+from lavatar_jax.config import SAMPLING_PRESETS
 from lavatar_jax.errors import UserError
 from tools.pth import PickledTensors
 
@@ -48,7 +49,9 @@ class Convert:
     merge_lora: bool = False
     """Make the adapters part of the weights (the default)."""
     keep_lora: bool = False
-    """Keep the adapters beside the weights, to train them further."""
+    """Keep the adapters beside the weights: slower, but tools/export_torch.py can write them again."""
+    preset: Literal["release-single", "release-tpp", "paper"] = "release-tpp"
+    """How the model is sampled where nothing else is said. paper: adapters of configs/wan14b_distill.py."""
     dry_run: bool = False
     """Only say what would be done: all tensors by component, missing, unexpected, misfits."""
     manifest: Annotated[tuple[Path, ...], arg(metavar="JSON...")] = ()
@@ -78,6 +81,7 @@ class Convert:
             dtype=self.dtype,
             per_channel=self.per_channel,
             merge=not self.keep_lora,
+            sampling=SAMPLING_PRESETS[self.preset],
         )
         if self.dry_run:
             report(plan_folder(task, PickledTensors))

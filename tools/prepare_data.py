@@ -32,7 +32,7 @@ from tyro.conf import arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lavatar_jax.cli import keep_compilations, parse_options, run
+from lavatar_jax.cli import configure_jax, parse_options, run
 from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
@@ -346,5 +346,5 @@ def _cut_alone(job: Job, executor: ProcessPoolExecutor) -> Outcome:
 
 
 if __name__ == "__main__":
-    keep_compilations()
+    configure_jax()
     sys.exit(run(lambda: main(sys.argv[1:])))

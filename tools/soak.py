@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lavatar_jax.cli import keep_compilations, run
+from lavatar_jax.cli import configure_jax, run
 
-keep_compilations()  # before jax is imported
+configure_jax()  # before jax is imported
 
 import jax
 import numpy as np

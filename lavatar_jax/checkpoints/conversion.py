@@ -40,6 +40,7 @@ from lavatar_jax.checkpoints.published import (
 from lavatar_jax.checkpoints.sources import LazyTensors, SafetensorsFile
 from lavatar_jax.checkpoints.store import config_to_json
 from lavatar_jax.checkpoints.stream_write import Output, write_output
+from lavatar_jax.config import RELEASE_TPP, SamplingConfig
 from lavatar_jax.errors import UserError, write_errors
 
 JOURNAL = "journal.jsonl"
@@ -50,7 +51,7 @@ class Task:
     """What to convert. `dtype` is that of transformer and text encoder; the others stay float32.
 
     fp8: as bf16, with the transformer's large linear layers in e4m3. `merge`: the LoRA becomes part of the
-    weights; otherwise its matrices are kept beside them.
+    weights; otherwise its matrices are kept beside them. `sampling`: how the model is to be sampled.
     """
 
     wan: Path
@@ -59,6 +60,7 @@ class Task:
     dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
     per_channel: bool = False
     merge: bool = True
+    sampling: SamplingConfig = RELEASE_TPP
 
 
 class Progress(Protocol):
@@ -149,6 +151,8 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
 def prepare(task: Task, open_pickle: Open) -> Prepared:
     """Open everything and match tensors with parameters; the plans are not checked yet."""
     published = open_published(task.wan, open_pickle)
+    config = dataclasses.replace(published.config, sampling=task.sampling)
+    published = dataclasses.replace(published, config=config)
     plans = {name: plan_component(name, published) for name in published.tensors}
     lora = None if task.lora is None else SafetensorsFile(task.lora)
     recipes = {name: Recipe("fp32") for name in ("vae", "speech")}

@@ -18,6 +18,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.devices import (
     GPUS,
     PAPER,
+    USABLE_MEMORY,
     Calibration,
     Gpu,
     activation_bytes,
@@ -35,7 +36,6 @@ DECODER_FLOP, DECODER_ATTENTION = 8.445e6, 4 * 384
 DECODER_CACHE, ENCODER_CACHE, VAE_ARRAYS, VAE_PARAMETERS = 151_328, 89_856, 8.2, 126.9e6
 SPEECH_WEIGHTS, TEXT_WEIGHTS = 4 * 315.5e6, 2 * 5.681e9  # bytes; wav2vec2 in float32, umT5 in 16 bits
 IDLE_POWER = 0.2  # share of a device's power that it draws while it waits
-USABLE_MEMORY = 0.92  # the rest: driver, context, fragments
 
 
 def dit_for(params: float) -> DiTConfig:

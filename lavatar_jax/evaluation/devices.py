@@ -13,6 +13,8 @@ from typing import Any
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import StreamShape
 
+USABLE_MEMORY = 0.92  # of a device's; `cli.configure_jax` asks for it. The rest: driver, context, fragments
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:

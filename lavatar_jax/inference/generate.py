@@ -152,12 +152,14 @@ class Generate:
         """How several devices share the work; None for one, which needs no pipeline."""
         if self.devices == 1:
             return None
+        from lavatar_jax.inference.pipeline import not_for_pipelines
         from lavatar_jax.parallel import claim_devices
 
-        if sampling.decode != "stream":
+        if (reason := not_for_pipelines(sampling)) is not None:
+            how = f"--preset {self.preset}" if self.preset else f"the model {self.model}"
             raise UserError(
-                f"--devices {self.devices}: --preset {self.preset} decodes whole clips, on one device; "
-                "leave --devices out, or choose release-tpp or paper"
+                f"--devices {self.devices}: {how} runs on one device, as {reason}; "
+                "leave --devices out, or give --preset release-tpp or paper"
             )
         return claim_devices(self.devices, sampling.steps)
 

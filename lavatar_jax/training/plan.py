@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavatar_jax.evaluation.devices import GPUS
+from lavatar_jax.evaluation.devices import GPUS, USABLE_MEMORY
 from lavatar_jax.parallel import STACKED, param_spec
 from lavatar_jax.training.precision import dtype_of
 from lavatar_jax.training.run import Run
 from lavatar_jax.training.state import LossFn, Params
 from lavatar_jax.training.weights import Weights
 
-USABLE = 0.92  # of a device's memory; the rest: driver, context, fragments
 COUNTS = (128, 64, 8)  # devices that a plan is made for
 
 
@@ -65,7 +64,7 @@ class Layout:
         return sum(self.memory.values()) / 1e9
 
     def fits(self, memory_gb: float) -> bool:
-        return self.total_gb <= USABLE * memory_gb
+        return self.total_gb <= USABLE_MEMORY * memory_gb
 
 
 def saved_bytes(loss: LossFn, weights: Weights[Any], batch: Any) -> tuple[float, float]:
@@ -181,7 +180,7 @@ def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: s
     lines = [
         f"{(trained + frozen) / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; "
         f"computed in {run.train.precision}, remat {run.train.remat}, {run.optim.kind}",
-        f"GB on each device ({gpu.upper()}, {memory_gb:.0f} GB; {USABLE:.0%} usable)",
+        f"GB on each device ({gpu.upper()}, {memory_gb:.0f} GB; {USABLE_MEMORY:.0%} usable)",
     ]
     suggested = [planner.suggest(count, memory_gb) for count in counts]
     purposes = list(suggested[0].memory)

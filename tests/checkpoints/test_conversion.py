@@ -18,7 +18,9 @@ from lavatar_jax.checkpoints.dry_run import plan_listings
 from lavatar_jax.checkpoints.lora_keys import merged, read_lora
 from lavatar_jax.checkpoints.manifest import hash_file, hash_leaf, read_manifest
 from lavatar_jax.checkpoints.orbax_store import restore_component, restore_leaves, stored_leaves
+from lavatar_jax.checkpoints.store import load_config
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
+from lavatar_jax.config import PAPER, RELEASE_TPP
 from tests import published
 from tests.checkpoints.conversions import abstract_dit, chunks_of, command, task_of
 from tests.published import Published
@@ -55,6 +57,14 @@ def test_the_manifest_tells_where_the_numbers_are_from(source: Published, bf16: 
             assert hash_leaf(bf16 / name / path) == stored.sha256
     assert not (bf16 / JOURNAL).exists()
     assert (bf16 / "tokenizer/tokenizer.json").is_file()
+
+
+def test_a_model_is_sampled_as_it_was_asked_for(source: Published, bf16: Path, tmp_path: Path) -> None:
+    """Adapters of stage 2 were trained for the paper's sampling, not for the release's."""
+    assert load_config(bf16).sampling == RELEASE_TPP
+    options = ("--wan", source.wan, "--lora", source.lora, "--preset", "paper", "--out", tmp_path / "model")
+    assert command(convert_main, *options) == 0
+    assert load_config(tmp_path / "model").sampling == PAPER
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

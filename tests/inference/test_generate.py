@@ -150,6 +150,15 @@ def test_presets_and_sizes_arrive(folder: Path, stand_in: StandIn) -> None:
     assert stand_in.asked["image_size"] is None
 
 
+def test_what_one_device_only_can_sample_is_not_spread(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(lambda: serve.main([*GOOD, "--preset", "release-single", "--devices", "2"])) == 2
+    err = capsys.readouterr().err
+    assert "--devices 2: --preset release-single runs on one device, as it decodes whole clips" in err
+    assert not stand_in.loaded
+
+
 def test_long_recordings_are_heard_as_a_stream(
     folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -24,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from starlette.testclient import TestClient
 
 from lavatar_jax.checkpoints.conversion import Task, convert_folder
+from lavatar_jax.checkpoints.store import load_config, model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.load_host import prepare_host
@@ -68,6 +70,18 @@ def test_devices_that_do_not_work_are_told_before_the_model_is_loaded(
 ) -> None:
     with pytest.raises(UserError, match=f"--devices {devices}: "):
         prepare_host("tiny", devices)
+    assert layouts == []
+
+
+@pytest.mark.parametrize("changes", [{"history": "clean"}, {"decode": "clip"}], ids=str)
+def test_models_that_only_generate_can_sample_are_refused(
+    layouts: list[PipelineLayout], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    config = load_config(model_folder("tiny"))
+    other = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))
+    monkeypatch.setattr("lavatar_jax.inference.load_host.load_config", lambda _: other)
+    with pytest.raises(UserError, match=r"tiny cannot talk live: .*use generate, on one device"):
+        prepare_host("tiny", 1)
     assert layouts == []
 
 

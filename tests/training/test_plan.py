@@ -19,7 +19,7 @@ from lavatar_jax.parallel import state_shardings
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
-from lavatar_jax.training.plan import USABLE, Planner, plan_text
+from lavatar_jax.training.plan import USABLE_MEMORY, Planner, plan_text
 from lavatar_jax.training.subjects import subject
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 from tests.training.toy_run import mesh_of
@@ -68,7 +68,7 @@ def test_the_14b_stage_2_fits_128_devices_on_the_mesh_of_its_config() -> None:
     planner, mesh = Planner(run, subject(run)), run.mesh
     assert run.train.batch * mesh.tensor == 128, "one clip for each group of devices that share it"
     memory = planner.memory(1, mesh.fsdp, mesh.tensor, 1)
-    assert 0.5 * 80e9 < sum(memory.values()) < USABLE * 80e9
+    assert 0.5 * 80e9 < sum(memory.values()) < USABLE_MEMORY * 80e9
     # Four rings of 40 layers: a sink of one frame and 4 blocks of 3 frames, of 45 x 25 tokens each.
     rings, sink = 4 * 2 * 40 * 13 * 1125 * 5120, 40 * 1125 * 5120
     assert memory["cache"] == pytest.approx(2 * (rings + sink) / mesh.tensor, rel=0.01)
@@ -79,7 +79,7 @@ def test_the_14b_stage_0_fits_one_device_a_clip() -> None:
     planner = Planner(run, subject(run))
     memory = planner.memory(1, 1, 1, 1)
     assert memory["trained"] == pytest.approx(4 * 127e6, rel=0.01), "Wan 2.1's VAE in float32"
-    assert 0.3 * 80e9 < sum(memory.values()) < USABLE * 80e9
+    assert 0.3 * 80e9 < sum(memory.values()) < USABLE_MEMORY * 80e9
 
 
 def test_the_command_prints_a_table() -> None:
