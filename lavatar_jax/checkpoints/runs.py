@@ -39,9 +39,12 @@ def flatten_names(tree: Any) -> dict[str, Any]:
 
 
 class RunCheckpoints:
-    """The newest checkpoints in a folder, and the best; orbax writes each to a temporary name first."""
+    """The newest checkpoints in a folder, and the best; orbax writes each to a temporary name first.
 
-    def __init__(self, folder: Path, config: CheckpointConfig | None = None):
+    `read_only`: each process reads by itself, whatever the others do.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig | None = None, *, read_only: bool = False):
         self.folder, self.config = folder.absolute(), config or CheckpointConfig()
         kept: list[Any] = [LatestN(self.config.keep)]
         if self.config.best is not None:
@@ -59,7 +62,9 @@ class RunCheckpoints:
             preservation_policy=AnyPreservationPolicy(kept),
             best_fn=self._metric if self.config.best is not None else None,
             best_mode=self.config.best_mode,
-            enable_async_checkpointing=self.config.asynchronous,
+            enable_async_checkpointing=self.config.asynchronous and not read_only,
+            create=not read_only,
+            multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions(),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -133,9 +138,9 @@ class RunCheckpoints:
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}: train first, or give the folder of a run")
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         arguments = {
-            name: ocp.ArrayRestoreArgs(sharding=shardings(name, leaf.shape) if shardings else alone)
+            name: ocp.ArrayRestoreArgs(sharding=shardings(name, leaf.shape) if shardings else here)
             for name, leaf in self._stored(step).items()
             if name.startswith(prefix)
         }
@@ -143,7 +148,9 @@ class RunCheckpoints:
         request = ocp.args.PyTreeRestore(
             item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
         )
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        alone = _alone()  # every process reads its own shards
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(folder, args=request)
 
     def best_step(self) -> int | None:
@@ -153,6 +160,12 @@ class RunCheckpoints:
     def close(self) -> None:
         """Wait for what is being written."""
         self.manager.close()
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of a process that waits for no other one."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 def read_average(run: Path, shardings: Any = None) -> dict[str, Any]:
@@ -165,7 +178,7 @@ def read_average(run: Path, shardings: Any = None) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{run} is not a training run: it has no checkpoints folder")
     step = result_step(run)
-    checkpoints = RunCheckpoints(folder)
+    checkpoints = RunCheckpoints(folder, read_only=True)
     prefix = ".average['"
 
     def place(name: str, shape: tuple[int, ...]) -> Any:
@@ -186,7 +199,7 @@ def result_step(run: Path) -> int | None:
         return None
     config = json.loads(path.read_text()).get("checkpoint", {}) if path.is_file() else {}
     if config.get("best") is not None:
-        checkpoints = RunCheckpoints(folder, CheckpointConfig(**config))
+        checkpoints = RunCheckpoints(folder, CheckpointConfig(**config), read_only=True)
         step = checkpoints.best_step()
         checkpoints.close()
         if step is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import traceback
@@ -15,9 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from lavatar_jax.errors import UserError
 
+PATIENCE = 7 * 24 * 3600 * 1000  # ms
+_waits = itertools.count()
 LOST = 3  # exit code of a process that ends because another one did
 
 
@@ -128,8 +132,26 @@ def _first_line(error: Exception) -> str:
 
 
 def first_process_only(prepare: Callable[[], Any]) -> None:
-    """Prepare files that all processes will read; the others wait."""
+    """Prepare files that all processes will read; the others wait, for hours if need be.
+
+    `prepare` must compute on the first process's devices only. Raises what it raises; in the other processes
+    UserError then.
+    """
+    failure: BaseException | None = None
     if jax.process_index() == 0:
-        prepare()
+        try:
+            prepare()
+        except BaseException as error:  # the others must not wait for ever
+            failure = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared")
+        # At the coordinator, not by a collective: those give up after half a minute.
+        wait = multihost.get_barrier_sync_fn()
+        try:
+            wait(key=f"prepared {next(_waits)}", timeout_ms=PATIENCE)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"process 0, which prepares the data, is lost ({_first_line(error)})") from None
+        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+        if failed and failure is None:
+            raise UserError("process 0 could not prepare the data; its own message says why")
+    if failure is not None:
+        raise failure

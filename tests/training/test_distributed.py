@@ -4,8 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.training.loop import LoopConfig
+from lavatar_jax.training.run import Run
+from tests.training.finished_run import write_run
 
 SCRIPT = """
 import sys
@@ -66,3 +73,71 @@ def test_a_task_that_has_a_machine_for_itself_takes_all_of_its_gpus(explicit: bo
 
 def test_tasks_that_share_a_machine_take_a_gpu_each() -> None:
     assert ask_two_tasks(nodes=1) == ["0 of 2 sees 0", "1 of 2 sees 1"]
+
+
+PREPARING = """
+import sys
+from pathlib import Path
+address, process, run, wrong = sys.argv[1:]
+from lavatar_jax.training.distributed import DistributedConfig, first_process_only, initialize
+initialize(DistributedConfig(coordinator=address, processes=2, process_id=int(process), heartbeat=10))
+from lavatar_jax.checkpoints.runs import read_average, result_step
+from lavatar_jax.cli import run as exit_code
+from lavatar_jax.errors import UserError
+
+def prepare():
+    if wrong:
+        raise UserError(wrong)
+    print("prepared with", result_step(Path(run)), read_average(Path(run))["weight"].tolist())
+
+def main():
+    for _ in range(2):
+        first_process_only(prepare)
+    read_average(Path(run))
+    print("reads too")
+
+sys.exit(exit_code(main))
+"""
+
+
+def prepare_in_two(run: Path, wrong: str = "") -> list[tuple[int, str, str]]:
+    """Exit codes and what two processes say, of which the first prepares something from a run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARING, address, str(process), str(run), wrong],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        for process in range(2)
+    ]
+    said = [task.communicate(timeout=240) for task in tasks]
+    return [(task.returncode, *words) for task, words in zip(tasks, said, strict=True)]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run that keeps its best checkpoint."""
+    config = Run(
+        out=str(tmp_path / "run"), train=LoopConfig(steps=1), checkpoint=CheckpointConfig(best="score")
+    )
+    return write_run(config, {"weight": np.ones(2, np.float32)}, step=3, metrics={"score": 1.0})
+
+
+def test_the_first_process_reads_a_run_while_the_others_wait(finished: Path) -> None:
+    (code, out, error), (other_code, other_out, other_error) = prepare_in_two(finished)
+    assert (code, other_code) == (0, 0), error + other_error
+    assert [text.count("prepared with 3 [1.0, 1.0]") for text in (out, other_out)] == [2, 0]
+    assert [text.count("reads too") for text in (out, other_out)] == [1, 1]
+
+
+def test_nobody_waits_for_a_preparation_that_failed(finished: Path) -> None:
+    (code, out, error), (other_code, other_out, other_error) = prepare_in_two(finished, "no speech")
+    assert (code, other_code) == (2, 2), error + other_error
+    assert "reads too" not in out + other_out
+    assert "error: no speech\n" in error
+    assert "error: process 0 could not prepare the data; its own message says why\n" in other_error
