@@ -201,10 +201,13 @@ class Book:
         return len(late)
 
     def forget_unsettled(self) -> None:
-        """Forget what gave no records where another look may tell more: the file has changed since (it was
-        still being copied, say), or the process died (the system may have had no memory left)."""
+        """Forget what is not as the journal has it: videos whose records are gone, with a shard that was
+        removed say; and what gave no records where another look may tell more: the file has changed since (it
+        was still being copied, say), or the process died (the system may have had no memory left)."""
 
         def settled(video: dict[str, Any]) -> bool:
+            if self._earlier[video["name"]] < video["records"]:
+                return False
             before, now = video.get("stamp"), self._stamp(video["name"])
             changed = before is not None and now is not None and tuple(before) != now
             crashed = any(reason in UNSETTLED for _, reason in video["dropped"])

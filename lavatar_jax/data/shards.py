@@ -135,8 +135,11 @@ class ShardWriter:
         rows = read_manifest(self.folder)
         self.rows = [row for row in rows if (self.folder / row["shard"]).is_file()]
         self.ids = {row["id"] for row in self.rows}
+        if len(self.rows) < len(rows):  # a shard was lost
+            (self.folder / DATASET).unlink(missing_ok=True)  # unfinished again
+        self._manifest_bytes = 0
         if (self.folder / MANIFEST).is_file():
-            write_text(self.folder / MANIFEST, "".join(map(_line, self.rows)))
+            self._write_manifest()
         for part in self.folder.glob(".shard-*.part"):
             part.unlink()
         # Shards of other writers may have other names: these cannot be written over.
@@ -167,6 +170,8 @@ class ShardWriter:
         if identifier in self.ids:
             raise ValueError(f"{self.folder} has a record {identifier} already")
         data = encode_record(record)
+        if self._writer is None:
+            self.flush()  # of a shard whose completion failed
         with _write_errors(self.folder):
             if self._writer is None:
                 (self.folder / DATASET).unlink(missing_ok=True)  # unfinished again
@@ -197,23 +202,36 @@ class ShardWriter:
             (self.folder / DATASET).unlink(missing_ok=True)  # unfinished again
         self.ids -= {row["id"] for row in self.rows if what(row)}
         self.rows = [row for row in self.rows if not what(row)]
-        write_text(self.folder / MANIFEST, "".join(map(_line, self.rows)))
+        self._write_manifest()
 
     def flush(self) -> None:
-        """Complete the open shard."""
-        if self._writer is None:
+        """Complete the open shard. After an error or Ctrl-C in it the next call goes on with it."""
+        if not self._open_rows:
             return
         with _write_errors(self.folder):
-            self._writer.close()
-            self._writer = None
-            with open(self.folder / MANIFEST, "a", encoding="utf-8") as manifest:
-                manifest.write("".join(map(_line, self._open_rows)))
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            (self.folder / MANIFEST).touch()
+            with open(self.folder / MANIFEST, "r+b") as manifest:
+                manifest.seek(self._manifest_bytes)
+                manifest.truncate()  # what a flush that failed has left
+                manifest.write("".join(map(_line, self._open_rows)).encode())
                 manifest.flush()
                 os.fsync(manifest.fileno())
-            os.replace(self._part, self._shard)
+                size = manifest.tell()
+            if self._part.exists():  # else a Ctrl-C came right after this
+                os.replace(self._part, self._shard)
         self.rows += self._open_rows
         self._open_rows = []
+        self._manifest_bytes = size
         self._number += 1
+
+    def _write_manifest(self) -> None:
+        """Of the records in complete shards."""
+        text = "".join(map(_line, self.rows))
+        write_text(self.folder / MANIFEST, text)
+        self._manifest_bytes = len(text.encode())
 
     def finish(self, *, mean: np.ndarray, std: np.ndarray, encoder: Mapping[str, Any]) -> Dataset:
         """Complete the folder: `dataset.json` says that all is there."""

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +93,44 @@ def test_shards_of_other_writers_may_have_other_names(tmp_path: Path):
     rows = read_manifest(tmp_path)
     assert [row["shard"] for row in rows] == ["mine.array_record", "shard-00000.array_record"]
     assert [record["id"] for record in stored_records(tmp_path, rows)] == ["clip-0", "clip-1"]
+
+
+def test_a_shard_whose_completion_failed_is_completed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a full disk, with half of a line in the manifest."""
+    with ShardWriter(tmp_path, shard_records=2) as writer:
+        for number in range(2):
+            writer.write(make_record(number))
+
+        def full(descriptor: int) -> None:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 9)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        writer.write(make_record(2))
+        monkeypatch.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(UserError, match="No space left"):
+                writer.flush()
+        assert len(read_manifest(tmp_path)) == 2 + 0
+        monkeypatch.undo()
+        writer.write(make_record(3))  # first completes the other shard
+        writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
+    rows = read_manifest(tmp_path)
+    assert [(row["id"], row["shard"][6:11]) for row in rows] == [
+        ("clip-0", "00000"), ("clip-1", "00000"), ("clip-2", "00001"), ("clip-3", "00002")
+    ]  # fmt: skip
+    assert [record["id"] for record in stored_records(tmp_path, rows)] == [f"clip-{n}" for n in range(4)]
+
+
+def test_a_folder_that_lost_a_shard_is_unfinished_for_its_next_writer(tmp_path: Path):
+    with ShardWriter(tmp_path, shard_records=1) as writer:
+        for number in range(3):
+            writer.write(make_record(number))
+        writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
+    (tmp_path / "shard-00001.array_record").unlink()
+    with ShardWriter(tmp_path) as writer:
+        assert writer.ids == {"clip-0", "clip-2"}
+        with pytest.raises(UserError, match="not finished"):
+            read_dataset(tmp_path)
+        writer.write(make_record(1))
+        writer.finish(mean=np.zeros(4), std=np.ones(4), encoder={})
+    assert read_dataset(tmp_path).records == 3

@@ -282,6 +282,26 @@ def test_captions_that_come_later_are_taken(cheap_encoder: None, tmp_path: Path)
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
 
 
+def test_records_that_are_lost_are_made_again(cheap_encoder: None, tmp_path: Path):
+    """With a shard that somebody removed, as it was damaged; the journal still has its videos."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    still(folder / "a.mp4")
+    (folder / "b.mp4").symlink_to(folder / "a.mp4")
+    command = (folder, "--out", out, "--faces", "any", "--shard-records", "1", *OPTIONS)
+    assert prepare(*command) == 0
+    rows = read_manifest(out)
+    assert {row["video"] for row in rows} == {"a.mp4", "b.mp4"}
+    lost = next(row["shard"] for row in rows if row["video"] == "b.mp4")
+    (out / lost).unlink()
+    assert prepare(*command) == 0
+    again = read_manifest(out)
+    assert sorted(row["id"] for row in again) == sorted(row["id"] for row in rows)
+    assert all((out / row["shard"]).is_file() for row in again)
+    assert sorted(told(out)) == ["a.mp4", "b.mp4"]
+    assert len(ShardSource(out, text_len=16, text_dim=64)) == len(rows)
+
+
 def test_what_gave_nothing_is_looked_at_again_when_it_may_give_more(
     cheap_encoder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
