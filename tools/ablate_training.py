@@ -1,6 +1,7 @@
 """Students that were trained otherwise, for tools/ablate.py: each differs from the first in one option.
 
     python tools/ablate_training.py [--teacher runs/dit] [--vae runs/decoder] [--steps 200] [-- OPTION ...]
+    python tools/ablate_training.py --teacher tiny_forcing --vae tiny -- --data.vae tiny   # shipped models
 
 All train for as many steps from the same model of stage 1, but for the last two, which compare stage 1 with
 and without motion frames, from nothing. What follows `--` goes to every training. An interrupted call goes on
@@ -18,7 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lavatar_jax.checkpoints.runs import result_step, result_time
 from lavatar_jax.cli import parse_options, run
+from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.errors import UserError
 from tools.package_model import Arguments, package
 
@@ -73,9 +76,10 @@ class AblateTraining:
     """Runs and models."""
 
 
-def train(config: str, options: Sequence[str]) -> None:
-    """Raises UserError where the training fails, and KeyboardInterrupt where it was stopped."""
-    command = [sys.executable, "train.py", config, *options]
+def train(config: str, out: Path, steps: int, options: Sequence[str]) -> None:
+    """Raises UserError where the training fails or does not come to its last step, and KeyboardInterrupt
+    where it was stopped."""
+    command = [sys.executable, "train.py", config, "--out", str(out), "--train.steps", str(steps), *options]
     print("+", shlex.join(command), flush=True)
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
@@ -85,10 +89,27 @@ def train(config: str, options: Sequence[str]) -> None:
             raise
     if code:
         raise UserError(f"a training ended with exit code {code}: {shlex.join(command)}")
+    if (reached := result_step(out)) != steps:
+        raise UserError(f"a training was stopped at step {reached} of {steps}; run this again to go on")
 
 
-def steps_of(count: int) -> list[str]:
-    return ["--train.steps", str(count)]
+def _note_settings(path: Path, variant: Variant, options: AblateTraining, shared: Sequence[str]) -> None:
+    """Raises UserError where what is in the folder of a variant was made with others."""
+    settings = {
+        **dataclasses.asdict(variant),
+        **{name: getattr(options, name) for name in ("teacher", "vae", "steps", "forcing_steps")},
+        "teacher_time": result_time(Path(options.teacher)),
+        "vae_time": result_time(Path(options.vae)),
+        "options": list(shared),
+    }
+    if (difference := first_difference(path, settings)) is not None:
+        setting, found, wanted = difference
+        raise UserError(
+            f"{path.with_suffix('')} was trained with {setting} {found}, not {wanted}: choose another --out, "
+            f"or remove all of {path.parent}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_note(path, settings)
 
 
 def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> Path:
@@ -96,20 +117,22 @@ def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> 
     slug = name.replace(" ", "-").replace(",", "")
     out, teacher = options.out.resolve() / slug, options.teacher
     model = options.out / "models" / slug
+    variant, steps = VARIANTS[name], options.steps
+    _note_settings(options.out / f"{slug}.json", variant, options, shared)
     if (model / "config.json").is_file():
         return model
-    variant, steps = VARIANTS[name], options.steps
     if variant.data:
         shared = [*shared, *variant.data, "--data.folder", str(out.with_name(f"{slug}-latents"))]
     if variant.forcing is not None:
-        teacher = str(out.with_name(f"{slug}-forcing"))
-        train(STAGE_1, ["--out", teacher, *steps_of(options.forcing_steps), *variant.forcing, *shared])
+        forcing = out.with_name(f"{slug}-forcing")
+        train(STAGE_1, forcing, options.forcing_steps, [*variant.forcing, *shared])
+        teacher = str(forcing)
     start = ["--init", teacher]
     if variant.paths:
-        paths = str(out.with_name(f"{slug}-paths"))
-        train(ODE, [*start, "--out", paths, *steps_of(steps // 3), *shared])
-        start, steps = ["--init", paths, "--teacher", teacher], steps - steps // 3
-    train(STAGE_2, [*start, "--out", str(out), *steps_of(steps), *variant.options, *shared])
+        paths = out.with_name(f"{slug}-paths")
+        train(ODE, paths, steps // 3, [*start, *shared])
+        start, steps = ["--init", str(paths), "--teacher", teacher], steps - steps // 3
+    train(STAGE_2, out, steps, [*start, *variant.options, *shared])
     return package(Arguments(vae=options.vae, dit=str(out), out=str(model), name=slug))
 
 

@@ -14,13 +14,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """The trainings that were asked for, by a stand-in that takes no time."""
     calls: list[tuple[str, list[str]]] = []
 
+    def train(config: str, out: Path, steps: int, options: list[str]) -> None:
+        calls.append((config, ["--out", str(out), "--train.steps", str(steps), *options]))
+
     def package(arguments: ablate_training.Arguments) -> Path:
         folder = Path(arguments.out)
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
         return folder
 
-    monkeypatch.setattr(ablate_training, "train", lambda config, options: calls.append((config, options)))
+    monkeypatch.setattr(ablate_training, "train", train)
     monkeypatch.setattr(ablate_training, "package", package)
     return calls
 
@@ -77,6 +80,30 @@ def test_what_is_wrong_is_said(trained: list[tuple[str, list[str]]]) -> None:
         ablate_training.main(["--only", "nothing"])
 
 
-def test_a_failed_training_ends_the_call() -> None:
+@pytest.mark.parametrize("changed", [("--steps", "61"), ("--teacher", "U"), ("--", "--seed", "2")])
+def test_students_of_other_settings_are_not_taken_for_these(
+    trained: list[tuple[str, list[str]]], tmp_path: Path, changed: tuple[str, ...]
+) -> None:
+    call = ["--only", "short", "--out", str(tmp_path), "--steps", "60", "--teacher", "T"]
+    ablate_training.main(call)
+    before = len(trained)
+    ablate_training.main(call)
+    with pytest.raises(UserError, match=r"was trained with .*choose another --out"):
+        ablate_training.main([*call, *changed])
+    assert len(trained) == before
+
+
+def test_a_failed_training_ends_the_call(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exit code 2"):
-        ablate_training.train("configs/none.py", [])
+        ablate_training.train("configs/none.py", tmp_path, 1, [])
+
+
+def test_a_training_that_was_stopped_gives_no_student(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SIGTERM: it saves, and its exit code is 0."""
+    monkeypatch.setattr(ablate_training.sys, "executable", "true")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="stopped at step 3 of 5"):
+        ablate_training.train("configs/none.py", tmp_path, 5, [])
+    ablate_training.train("configs/none.py", tmp_path, 3, [])
