@@ -53,20 +53,30 @@ class BadSteps:
     """The host's side: names the records, counts, and stops by policy."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.total, self.in_a_row = policy, 0, 0
+        self.policy, self.total = policy, 0
+        # Of stage 2's critic, and of the model that is trained, which learns there only now and then.
+        self._critic_in_a_row, self._model_in_a_row = 0, 0
+
+    @property
+    def in_a_row(self) -> int:
+        return max(self._critic_in_a_row, self._model_in_a_row)
 
     def check(self, step: int, metrics: dict[str, Any], records: Sequence[int] | None) -> str | None:
         """What was wrong with a step, or None.
 
         Metrics: `loss`; `bad` where the step judges itself; `student_turn` where a student learns only now
-        and then: the other steps cannot tell that it is well again.
+        and then, after a critic that was well: the other steps tell about the critic alone.
         """
-        loss = float(metrics["loss"])
-        if not metrics.get("bad", 0) and np.isfinite(loss):
-            if metrics.get("student_turn", 1):
-                self.in_a_row = 0
+        loss, turn = float(metrics["loss"]), bool(metrics.get("student_turn", 1))
+        good = not metrics.get("bad", 0) and np.isfinite(loss)
+        if turn:
+            self._critic_in_a_row = 0
+            self._model_in_a_row = 0 if good else self._model_in_a_row + 1
+        else:
+            self._critic_in_a_row = 0 if good else self._critic_in_a_row + 1
+        if good:
             return None
-        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        self.total += 1
         batch = "unknown records" if records is None else f"records {', '.join(map(str, records))}"
         norms = {"gradient norm": "grad_norm", "student's gradient norm": "student_grad_norm"}
         seen = [f", {label} {float(metrics[name]):.4g}" for label, name in norms.items() if name in metrics]

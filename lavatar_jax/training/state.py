@@ -93,6 +93,17 @@ def create_state(
     return jax.jit(copied, out_shardings=shardings)(params)
 
 
+def release(tree: Any, keep: Any = None) -> None:
+    """Free the memory of a tree's arrays, but for those that `keep` has too; nobody may use them any more.
+
+    What a state was made of would otherwise stay as long as the function that made it runs: a whole training.
+    """
+    kept = {id(leaf) for leaf in jax.tree.leaves(keep)}
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) not in kept and not leaf.is_deleted():
+            leaf.delete()
+
+
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]

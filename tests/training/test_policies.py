@@ -94,6 +94,19 @@ def test_a_student_that_never_learns_is_noticed_though_its_critic_does():
     assert not bad.should_stop()
 
 
+def test_critics_that_fail_now_and_then_are_no_row():
+    """One step in 40, none of which is the student's turn, as while the critic warms up."""
+    bad = BadSteps("skip")
+    for step in range(2000):
+        bad.check(step, {"loss": 1.0, "bad": float(step % 40 == 0), "student_turn": 0.0}, None)
+        assert not bad.should_stop()
+    assert bad.total == 50
+    for step in range(20):
+        assert not bad.should_stop()
+        bad.check(step, {"loss": 1.0, "bad": 1.0, "student_turn": 0.0}, None)
+    assert bad.should_stop()
+
+
 def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Path):
     quality = {0: 9.0, 1: 1.0, 2: 5.0, 3: 2.0, 4: float("nan"), 5: 3.0}
     config = CheckpointConfig(keep=2, best="quality")
