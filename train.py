@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from lavatar_jax.cli import configure_jax, run
+from lavatar_jax.cli import configure_jax, parse_options, run
 from lavatar_jax.errors import UserError
 
 USAGE = (
@@ -27,8 +25,8 @@ def load_config(path: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"no config file {path}: give one of configs/*.py")
     spec = importlib.util.spec_from_file_location("config", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file: give one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -46,14 +44,16 @@ def main(arguments: list[str]) -> None:
     default = load_config(path)
     only_plan = "--plan" in options
     options = [option for option in options if option != "--plan"]
-    config = tyro.cli(
-        type(default), default=default, args=options, prog=f"train.py {path}", description=DESCRIPTION
+    config = parse_options(
+        type(default), options, prog=f"train.py {path}", default=default, description=DESCRIPTION
     )
 
     if only_plan:
+        from lavatar_jax.training.checks import check_run
         from lavatar_jax.training.plan import plan_text
         from lavatar_jax.training.subjects import subject
 
+        check_run(config)
         print(plan_text(config, subject(config)))
         return
 

@@ -34,9 +34,18 @@ def parse(
     )
 
 
-def parse_options(options: type[Options], args: Sequence[str], *, prog: str) -> Options:
+def parse_options(
+    options: type[Options],
+    args: Sequence[str],
+    *,
+    prog: str,
+    default: Any = None,
+    description: str | None = None,
+) -> Options:
     """Builds the dataclass of a program without subcommands. Raises as `parse` does."""
-    return _parse(lambda: tyro.cli(options, prog=prog, args=args), prog)
+    return _parse(
+        lambda: tyro.cli(options, prog=prog, args=args, default=default, description=description), prog
+    )
 
 
 def _parse(read: Callable[[], Options], prog: str) -> Options:

@@ -194,6 +194,9 @@ def train_mesh(
 
     Raises UserError when devices are missing, or would be left over in another process.
     """
+    for name in ("data", "fsdp", "tensor"):
+        if (size := getattr(config, name)) is not None and size < 1:
+            raise UserError(f"--mesh.{name} {size}: give the number of devices along it, at least 1")
     found = list(jax.devices() if devices is None else devices)
     inner, data = config.fsdp * config.tensor, config.data
     if data is None:

@@ -207,6 +207,15 @@ def result_step(run: Path) -> int | None:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
 
 
+def result_time(run: Path) -> int | None:
+    """When the checkpoint that counts as what a run made was written, in ns: no two trainings agree in it, a
+    copy of the folder does. None where there is none, or no run."""
+    if (step := result_step(run)) is None:
+        return None
+    metadata = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    return json.loads(metadata.read_text()).get("init_timestamp_nsecs") if metadata.is_file() else None
+
+
 def _of_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The data iterator's state of every process, in their order."""
     if jax.process_count() == 1:

@@ -42,6 +42,8 @@ def check_rendering(folder: Path, options: Mapping[str, Any]) -> None:
     what = f"--data.{name.replace('_', '-')} {found}, not {wanted}"
     if name == "vae_step":
         what = f"step {found} of {options['vae']}, which is at step {wanted} now"
+    if name == "vae_time":
+        what = f"another training of {options['vae']} than the one that is there now"
     raise UserError(
         f"the clips in {folder} were made with {what}: choose another --data.folder, or remove it"
     )

@@ -43,13 +43,6 @@ class LoopConfig:
     on_bad_step: Policy = "skip"  # loss or gradient not finite, or a spike; `bad_steps`
     spike: float = 20.0  # a loss that many times the usual one is a spike; 0: none is
 
-    def check(self) -> None:
-        """Raises UserError for numbers that no run can have."""
-        for name in ("seconds", "steps", "batch", "accumulate", "log_every", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--train.{name.replace('_', '-')} must be more than 0, not {value}")
-
     def progress(self, step: int, seconds: float) -> float:
         return step / self.steps if self.steps is not None else seconds / self.seconds
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from rich.progress import track
 
-from lavatar_jax.checkpoints.runs import result_step
+from lavatar_jax.checkpoints.runs import result_step, result_time
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.batches import EPOCHS, Batches, stacked
@@ -50,8 +50,9 @@ from lavatar_jax.training.state import (
     Params,
     TrainState,
     create_state,
+    release,
 )
-from lavatar_jax.training.vae import VAELossConfig, reconstruction_loss
+from lavatar_jax.training.vae import ENCODER, VAELossConfig, reconstruction_loss
 from lavatar_jax.training.weights import initial_weights
 
 CHUNK = 10  # clips that one forward predicts
@@ -183,6 +184,7 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
         "dit": config.dit,
         "latents": config.data.folder,
         "step": step,
+        "time": result_time(Path(config.dit)),
         "sigma": sigma,
         "seed": config.predictions.seed,
     }
@@ -193,6 +195,7 @@ def _check_same_predictions(config: DecoderRun, sigma: float) -> dict[str, Any]:
         "dit": f"of {found}, not of {wanted}",
         "latents": f"for {found}, not for {wanted}",
         "step": f"of step {found} of {config.dit}, not of its step {wanted}",
+        "time": f"of another training of {config.dit} than the one that is there now",
         "sigma": f"at noise level {found}, not {wanted} (--sampling)",
         "seed": f"of --predictions.seed {found}, not {wanted}",
     }[name]
@@ -299,9 +302,12 @@ def train_decoder(config: DecoderRun) -> TrainState:
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     first_process_only(lambda: prepare_predictions(config))
     weights = initial_weights(config.make, mesh, init=config.init, component="vae", seed=train.seed)
-    optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
+    optimizer = make_optimizer(
+        weights.params, weight_decay=train.weight_decay, config=config.optim, still=ENCODER
+    )
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    release(weights.params)
     held_out = config.samples.records
     past = config.data.motion_latents
     batches = window_batches(config.predictions, past, held_out, batch=train.batch, workers=train.workers)

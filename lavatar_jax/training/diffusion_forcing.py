@@ -18,12 +18,13 @@ from lavatar_jax.models.dit import CausalDiT, Remat
 from lavatar_jax.models.dit_forward import block_causal_mask, cond_tokens, train_forward
 from lavatar_jax.models.rope import Rope
 from lavatar_jax.parallel import STACKED, train_mesh
+from lavatar_jax.training.checks import check_records
 from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, note_other_clips, run_step
 from lavatar_jax.training.samples import make_evaluator, make_sampler
-from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, release
 from lavatar_jax.training.weights import LoraConfig, initial_weights
 
 
@@ -213,6 +214,7 @@ def train_dit(config: DiTRun) -> TrainState:
     """Encode the clips if needed, then train (or go on with) the DiT of `config.out`."""
     mesh, train = train_mesh(config.mesh), config.train
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
+    check_records(source, config.model)
     weights = initial_weights(config.make, mesh, init=config.init, seed=train.seed, adapters=config.lora)
     optimizer = make_optimizer(
         weights.params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim
@@ -223,6 +225,7 @@ def train_dit(config: DiTRun) -> TrainState:
     loss = make_loss(merge, config.model, config.loss, remat=train.remat)
     step_fn = run_step(config, loss, optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    release(weights.params)
     flops = train.batch * step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
     sample = make_sampler(
         source, config.sampling, config.data.vae, lambda state: merge(state.average, weights.frozen)

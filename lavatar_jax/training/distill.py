@@ -18,6 +18,7 @@ from lavatar_jax.evaluation.flops import StreamShape, clip_flops, step_flops
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
+from lavatar_jax.training.checks import check_records
 from lavatar_jax.training.distill_step import (
     DistillConfig,
     DistillState,
@@ -35,7 +36,7 @@ from lavatar_jax.training.run import Run, fit_run, note_other_clips
 from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
-from lavatar_jax.training.state import Params, split_model
+from lavatar_jax.training.state import Params, release, split_model
 from lavatar_jax.training.weights import LoraConfig, abstract_weights, initial_weights
 
 
@@ -183,6 +184,7 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
+    check_records(source, config.model)
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)
     step_fn, optimizers = make_step(config, params, rewards)
@@ -195,6 +197,7 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
         seed=train.seed,
         mesh=mesh,
     )
+    release((params, critic), keep=base)
     frozen = {"params": base, "rewards": [reward.arrays for reward in rewards]}
     size = source.buckets[0].latent_size
     note_other_clips(size[0], config.clip[0])

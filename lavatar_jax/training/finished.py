@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lavatar_jax import lora
-from lavatar_jax.checkpoints.runs import read_average
+from lavatar_jax.checkpoints.runs import read_average, result_time
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import MeshConfig, train_mesh
@@ -55,6 +55,11 @@ def averaged_model(run: Path, config: dict[str, Any], make: Callable[[nnx.Rngs],
         return weights.merge(average)
     if (init := config.get("init")) is None:
         raise UserError(f"{run} has adapters on random weights (its init is null): they cannot be merged")
+    if (then := config.get("origins", {}).get("init")) is not None and result_time(Path(init)) != then:
+        raise UserError(
+            f"{run} has adapters on {init} as it was then, which is gone, is another training now, or has "
+            "gone on since"
+        )
     try:
         mesh = train_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         base = initial_weights(make, mesh, init=init, seed=0).params

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 
 from lavatar_jax.checkpoints import store
-from lavatar_jax.checkpoints.runs import result_step
+from lavatar_jax.checkpoints.runs import result_step, result_time
 from lavatar_jax.checkpoints.store import config_from_dict, load_config, model_folder
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data import made_with
@@ -100,6 +100,11 @@ def load_vae(place: str | Path) -> tuple[VAEConfig, CausalVAE]:
     return config, store.load_vae(folder, config)
 
 
+def clip_id(split: str, index: int) -> str:
+    """The name of a rendered clip's record."""
+    return f"{split}-{index:07d}"
+
+
 def latent_statistics(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel of the latents of records that have a `spread`.
 
@@ -144,7 +149,7 @@ def make_encoder(
     def encode_clip(clip: Clip, reference: np.ndarray) -> dict[str, np.ndarray | str]:
         latent, photo, spread = encode(clip.video, reference)
         return {
-            "id": f"{clip.split}-{clip.index:07d}",
+            "id": clip_id(clip.split, clip.index),
             "caption": clip.caption,
             "latent": np.asarray(latent[motion_latents:], np.float16),
             "motion": np.asarray(latent[:motion_latents], np.float16),
@@ -198,7 +203,8 @@ def prepare_latents(config: LatentsConfig) -> Path:
             _check_same_kind(writer, config, vae_config)
         else:
             made_with.write_note(folder / RENDERED, rendering)
-        for index in track(range(len(writer), config.clips), description="encoding clips"):
+        missing = [index for index in range(config.clips) if clip_id("train", index) not in writer.ids]
+        for index in track(missing, description="encoding clips"):
             clip = sample_clip(index, config.video_frames, config.size, "train", speech=Path(config.speech))
             writer.write(
                 encode(clip, draw_reference_picture(clip, config)),
@@ -221,7 +227,12 @@ def _is_rendered(folder: Path) -> bool:
 def _rendering(config: LatentsConfig) -> dict[str, Any]:
     """All that a rendered clip depends on, besides its number."""
     names = ("vae", "speech", "blocks", "motion_frames", "size", "other_pose", "other_scene")
-    return {**{name: getattr(config, name) for name in names}, "vae_step": result_step(Path(config.vae))}
+    vae = Path(config.vae)
+    return {
+        **{name: getattr(config, name) for name in names},
+        "vae_step": result_step(vae),
+        "vae_time": result_time(vae),
+    }
 
 
 def check_rendering(config: LatentsConfig) -> None:

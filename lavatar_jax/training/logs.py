@@ -68,7 +68,8 @@ class RunLog:
                 self.say(
                     f"training records that could not be read: {skipped}; {self.out / SKIPPED} names them"
                 )
-            self._file.close()
+            with self._worth_less_than_training(LOG):
+                self._file.close()
             if self._board is not None:
                 self._board.close()
             self.report()
@@ -114,15 +115,25 @@ class RunLog:
 
     def report(self) -> None:
         if self.first and self.config.report:
-            write_report(self.out / REPORT, self.out, list(read_log(self.out / LOG)))
+            with self._worth_less_than_training(REPORT):
+                write_report(self.out / REPORT, self.out, list(read_log(self.out / LOG)))
 
     def _skipped(self) -> int:
         return len(SkippedLog(self.out / SKIPPED).read()) if self.first else 0
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.first:
-            self._file.write(json.dumps(_finite(line)) + "\n")
-            self._file.flush()
+            with self._worth_less_than_training(LOG):
+                self._file.write(json.dumps(_finite(line)) + "\n")
+                self._file.flush()
+
+    @contextlib.contextmanager
+    def _worth_less_than_training(self, name: str) -> Iterator[None]:
+        """What cannot be written, on a full disk say, is told."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{self.out / name} cannot be written: {error}")
 
     def _scalars(self, step: int, numbers: Mapping[str, float], group: str) -> None:
         if self._board is not None:

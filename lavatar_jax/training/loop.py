@@ -34,6 +34,7 @@ from lavatar_jax.training.distributed import Agreement, ending_together
 from lavatar_jax.training.logs import LogConfig, RunLog
 from lavatar_jax.training.optim import Schedule, schedule
 from lavatar_jax.training.report import SAMPLES
+from lavatar_jax.training.state import release
 
 __all__ = ["LoopConfig", "fit"]
 
@@ -160,7 +161,13 @@ def fit(
     batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
     shardings = state_shardings(state, mesh)
-    state, place = checkpoints.restore(put_tree(state, shardings))
+    state, place = put_tree(state, shardings), None
+    if checkpoints.manager.latest_step() is not None:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        release(state)  # there may not be room for two
+        state, place = checkpoints.restore(shapes)
     if place is not None:
         batches.set_state(place)
     if best is not None and evaluate is not None and best not in (numbers := evaluate(state)):

@@ -19,6 +19,7 @@ from lavatar_jax.diffusion import TIMESTEPS, euler_step, v_to_x0
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
+from lavatar_jax.training.checks import check_records
 from lavatar_jax.training.distill import DistillRun, make_roles, starting_weights
 from lavatar_jax.training.distill_step import Roles
 from lavatar_jax.training.dmd import DMDConfig, guide
@@ -27,7 +28,7 @@ from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.run import fit_run, run_step
 from lavatar_jax.training.samples import make_sampler
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional, without_prompt
-from lavatar_jax.training.state import LossFn, Params, TrainState, create_state
+from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, release
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,11 +109,13 @@ def train_ode(config: OdeRun) -> TrainState:
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
+    check_records(source, config.model)
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)
     roles = make_roles(config)
     step_fn = run_step(config, make_ode_loss(config, roles), optimizer)
     state = create_state(params, optimizer, train.seed, mesh=mesh)
+    release(params, keep=frozen)
     return fit_run(
         config,
         step_fn,

@@ -25,7 +25,7 @@ class OptimConfig:
     kind: Literal["muon", "adamw"] = "muon"
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0: any
     schedule: Schedule = "linear"  # after the warm-up: flat, then down from the middle on; cosine; flat
 
 
@@ -50,21 +50,24 @@ def make_optimizer(
     momentum: float | None = None,
     weight_decay: float = 0.0,
     config: OptimConfig | None = None,
+    still: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """The optimizer of `config` for these parameters (abstract ones will do); learning rate 1.
 
-    Muon takes matrices and convolution kernels, Adam gains, biases and tables. Only matrices decay.
+    Muon takes matrices and convolution kernels, Adam gains, biases and tables. Only matrices decay, and
+    of them none whose name begins as one of `still`: what has no gradient stays as it is.
     """
     config = config or OptimConfig()
     axes = {name: matrix_axes(name, value, stacked) for name, value in params.items()}
     b1, b2 = config.betas
+    decays = {name: where is not None and not name.startswith(still) for name, where in axes.items()}
     if config.kind == "adamw":
-        decays = {name: where is not None for name, where in axes.items()}
         return optax.adamw(1.0, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
     return muon(
         learning_rate=1.0,
         beta=config.momentum if momentum is None else momentum,
         weight_decay=weight_decay,
+        weight_decay_mask=decays,
         adam_b1=b1,
         adam_b2=b2,
         adam_weight_decay=0.0,
@@ -86,6 +89,8 @@ def schedule(progress: float, *, warmup: float, kind: Schedule = "linear") -> fl
 
 
 def clip_by_norm(gradient: Any, norm: jax.Array, largest: float) -> Any:
-    """Gradients scaled down to the norm `largest`; `norm` is theirs."""
+    """Gradients scaled down to the norm `largest` (0: as they are); `norm` is theirs."""
+    if not largest:
+        return gradient
     scale = jax.numpy.minimum(1.0, largest / (norm + 1e-9))
     return jax.tree.map(lambda g: g * scale, gradient)

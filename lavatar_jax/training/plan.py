@@ -150,18 +150,18 @@ class Planner:
             shards = devices // tensor
             batch = -(-self.run.train.batch // shards) * shards if self.subject.accumulates else shards
             for fsdp in (2**n for n in range(shards.bit_length()) if shards % 2**n == 0):
-                parts, accumulate = batch // shards, self.run.train.accumulate
-                while accumulate <= parts:
-                    if parts % accumulate == 0:
-                        yield Layout(
-                            data=shards // fsdp,
-                            fsdp=fsdp,
-                            tensor=tensor,
-                            batch=batch,
-                            accumulate=accumulate,
-                            memory=self.memory(parts // accumulate, fsdp, tensor, accumulate),
-                        )
-                    accumulate *= 2
+                parts = batch // shards
+                # At least as many as were asked for, where there are so many samples on a device.
+                least = min(self.run.train.accumulate, parts)
+                for accumulate in (n for n in range(least, parts + 1) if parts % n == 0):
+                    yield Layout(
+                        data=shards // fsdp,
+                        fsdp=fsdp,
+                        tensor=tensor,
+                        batch=batch,
+                        accumulate=accumulate,
+                        memory=self.memory(parts // accumulate, fsdp, tensor, accumulate),
+                    )
 
     def suggest(self, devices: int, memory_gb: float) -> Layout:
         """The first that fits, or the one that needs the least."""

@@ -92,7 +92,8 @@ def _curve(name: str, points: list[tuple[float, float]]) -> str:
 
 def _samples(folder: Path) -> Iterable[str]:
     """The files of the newest folder of samples, inside the page."""
-    newest = max(folder.glob("*/"), key=lambda path: path.name, default=None) if folder.is_dir() else None
+    steps = [path for path in folder.glob("*/") if path.name.isdigit()]
+    newest = max(steps, key=lambda path: int(path.name), default=None)
     if newest is None:
         return
     yield f"<h2>Samples of step {int(newest.name)}</h2>"

@@ -12,8 +12,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.checkpoints.runs import CheckpointConfig, result_step, result_time
 from lavatar_jax.data.shards import write_text
+from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import MeshConfig
 from lavatar_jax.training.distributed import DistributedConfig
 from lavatar_jax.training.logs import LogConfig
@@ -67,7 +68,12 @@ def fit_run(
     mesh: Mesh,
     **options: Any,
 ) -> State:
-    """`loop.fit` with the settings of a run, which it writes down; `options` are its other arguments."""
+    """`loop.fit` with the settings of a run, which it writes down; `options` are its other arguments.
+
+    Raises UserError where it would go on with other frozen weights than it began with.
+    """
+    if jax.tree.leaves(frozen) and result_step(Path(run.out)) is not None:
+        check_origins(run)
     return fit(
         step_fn,
         state,
@@ -85,6 +91,26 @@ def fit_run(
     )
 
 
+def origins(run: Run) -> dict[str, int]:
+    """When what a run's weights come from was written (`result_time`), where those are runs."""
+    places = {name: getattr(run, name, None) for name in ("init", "teacher")}
+    times = {name: result_time(Path(place)) for name, place in places.items() if place is not None}
+    return {name: time for name, time in times.items() if time is not None}
+
+
+def check_origins(run: Run) -> None:
+    """Raises UserError where what a run's frozen weights come from is not what it was when the run began."""
+    path = Path(run.out) / "config.json"
+    began = json.loads(path.read_text()) if path.is_file() else {}
+    now = origins(run)
+    for name, time in began.get("origins", {}).items():
+        if now.get(name, time) != time:
+            raise UserError(
+                f"{run.out} began with {began.get(name)} as it was then; --{name} {getattr(run, name)} is "
+                "another training, or has gone on since: give the one of then, or choose another --out"
+            )
+
+
 def write_config(run: Run) -> None:
     """`config.json` in the run's folder, by the first process.
 
@@ -93,4 +119,5 @@ def write_config(run: Run) -> None:
     if jax.process_index() == 0:
         out = Path(run.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(dataclasses.asdict(run), indent=1))
+        values = dataclasses.asdict(run) | {"origins": origins(run)}
+        write_text(out / "config.json", json.dumps(values, indent=1))

@@ -9,11 +9,12 @@ from lavatar_jax.errors import UserError
 
 def train(config: Any) -> None:
     """Train the stage that a config file describes. Raises UserError."""
+    from lavatar_jax.training.checks import check_run
     from lavatar_jax.training.run import Run
     from lavatar_jax.training.vae import VAERun, train_vae
 
     if isinstance(config, Run):
-        config.train.check()
+        check_run(config)
     if isinstance(config, VAERun):
         train_vae(config)
         return

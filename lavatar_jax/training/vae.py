@@ -26,7 +26,7 @@ from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
 from lavatar_jax.training.samples import save_moving_picture
-from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state
+from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, release
 from lavatar_jax.training.weights import initial_weights
 
 # Luminance, red against blue, green against magenta (columns). The last has little of the variance of RGB,
@@ -35,6 +35,7 @@ from lavatar_jax.training.weights import initial_weights
 OPPONENT = np.array([[1.0, 1.0, 1.0], [1.5, 0.0, -1.5], [-1.5, 3.0, -1.5]], np.float32).T / 3.0
 OPPONENT_GAIN = (1.0, 2.0, 5.0)  # about the inverse of their deviations in pictures
 CELL = 8  # pixels
+ENCODER = ("encoder.", "quant.")  # what makes latents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,9 +219,15 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     weights = initial_weights(
         config.make, mesh, init=config.init, component="vae", seed=train.seed, adjust=adjust
     )
-    optimizer = make_optimizer(weights.params, weight_decay=train.weight_decay, config=config.optim)
+    optimizer = make_optimizer(
+        weights.params,
+        weight_decay=train.weight_decay,
+        config=config.optim,
+        still=ENCODER if config.loss.decoder_only else (),
+    )
     step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
+    release(weights.params)
     batches = shared_batches(config, mesh)
     return fit_run(
         config,

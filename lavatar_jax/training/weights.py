@@ -119,9 +119,12 @@ def _builder(make: Make[Model], adapters: LoraConfig, seed: int) -> Callable[[],
         if not adapters.rank:
             return model
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        return lora.add_adapters(
-            model, key, rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets
-        )
+        try:
+            return lora.add_adapters(
+                model, key, rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets
+            )
+        except (ValueError, re.error) as error:
+            raise UserError(f"--lora.targets {adapters.targets}: {error}") from None
 
     return build
 

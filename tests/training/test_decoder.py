@@ -322,6 +322,15 @@ def test_predictions_of_an_earlier_network_are_refused(run: DecoderRun, tmp_path
     (tmp_path / "dit" / "checkpoints" / "5").mkdir(parents=True)
     prepare_predictions(run)
     prepare_predictions(run)
+    metadata = tmp_path / "dit" / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
+    for time in (1, 2):
+        metadata.write_text(json.dumps({"init_timestamp_nsecs": time}))
+        note = Path(run.predictions.folder) / "predicted_by.json"
+        if time == 1:
+            note.write_text(json.dumps(json.loads(note.read_text()) | {"time": 1}))
+            prepare_predictions(run)
+    with pytest.raises(UserError, match=r"predictions of another training of .*dit than the one"):
+        prepare_predictions(run)
     (tmp_path / "dit" / "checkpoints" / "6").mkdir()
     with pytest.raises(UserError, match=r"predictions of step 5 of .*dit, not of its step 6: choose"):
         prepare_predictions(run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.ode_init import OdeRun, train_ode
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.report import SAMPLES
+from lavatar_jax.training.run import Run
 from lavatar_jax.training.samples import SamplesConfig, stream_record
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
@@ -216,6 +218,20 @@ def test_a_student_that_never_learns_is_refused(run: DistillRun) -> None:
     never = dataclasses.replace(run, distill=dataclasses.replace(run.distill, update_ratio=0))
     with pytest.raises(UserError, match=r"--distill\.update-ratio must be at least 1, not 0"):
         train_distill(never)
+
+
+def test_another_teacher_than_in_the_beginning_is_refused(run: DistillRun, tmp_path: Path) -> None:
+    """A run of the same name, that was trained again or has gone on."""
+    weights, _ = split_model(random_dit(MODEL))
+    first = Run(out=str(tmp_path / "teacher"), train=LoopConfig(steps=1))
+    run = dataclasses.replace(run, teacher=str(write_run(first, weights)))
+    train_distill(run, stop_at=1)
+    shutil.rmtree(first.out)
+    write_run(first, weights)
+    before = (Path(run.out) / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"began with .*teacher as it was then; --teacher .* another"):
+        train_distill(run)
+    assert (Path(run.out) / "config.json").read_bytes() == before
 
 
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:

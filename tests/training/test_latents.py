@@ -11,7 +11,7 @@ from flax import nnx
 
 from lavatar_jax.config import VAEConfig
 from lavatar_jax.data.faces import attention_map
-from lavatar_jax.data.shards import ShardWriter, read_dataset
+from lavatar_jax.data.shards import ShardWriter, read_dataset, read_manifest, stored_records
 from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.errors import UserError
@@ -160,6 +160,31 @@ def test_clips_of_a_vae_that_was_trained_further_are_refused(full: LatentsConfig
     prepare_latents(dataclasses.replace(full, clips=4, other_pose=0.75))
     assert read_dataset(full.folder).records == 4
     assert not Path(full.folder, latents.RENDERED).exists(), "what is unknown stays so"
+
+
+def test_clips_of_another_training_in_the_same_place_are_refused(config: LatentsConfig, vae: CausalVAE):
+    step = Path(config.vae) / "checkpoints" / "10"
+    step.mkdir(parents=True)
+    metadata = step / "_CHECKPOINT_METADATA"
+    metadata.write_text('{"init_timestamp_nsecs": 1}')
+    prepare_latents(config)
+    metadata.write_text('{"init_timestamp_nsecs": 2}')
+    with pytest.raises(UserError, match=r"made with another training of .*vae than"):
+        prepare_latents(config)
+
+
+def test_a_shard_that_was_removed_is_made_again(config: LatentsConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(latents, "SHARD_CLIPS", 2)
+    folder = prepare_latents(config)
+    before = {row["id"]: record for row, record in zip(
+        read_manifest(folder), stored_records(folder, read_manifest(folder)), strict=True)}  # fmt: skip
+    (folder / "shard-00001.array_record").unlink()
+    (folder / "dataset.json").unlink()
+    prepare_latents(config)
+    rows = read_manifest(folder)
+    assert sorted(row["id"] for row in rows) == sorted(before)
+    for row, record in zip(rows, stored_records(folder, rows), strict=True):
+        np.testing.assert_array_equal(record["latent"], before[row["id"]]["latent"])
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -131,6 +131,14 @@ def test_bytes_of_a_device_are_those_that_are_allocated(lora: LoraConfig) -> Non
     assert planned["optimizer"] == pytest.approx(found, rel=1e-6)
 
 
+def test_a_batch_is_split_into_the_parts_that_devices_have_samples_for() -> None:
+    run = small(train=LoopConfig(batch=8, accumulate=4))
+    planner = Planner(run, subject(run))
+    parts = {(layout.tensor, layout.accumulate) for layout in planner.layouts(4)}
+    assert parts == {(1, 2), (2, 4)}  # 2 samples a device; 4 for two devices, as this model has 2 heads
+    assert planner.suggest(4, 80.0).devices == 4
+
+
 def test_recomputation_keeps_less() -> None:
     kept = [
         Planner(run, subject(run)).activations

@@ -1,7 +1,10 @@
 import dataclasses
 import functools
+import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grain
 import jax
@@ -18,6 +21,7 @@ from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.vae import make_vae
 from lavatar_jax.parallel import MeshConfig, put_batch, train_mesh
+from lavatar_jax.training import run as run_module
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.samples import SamplesConfig
@@ -34,6 +38,7 @@ from lavatar_jax.training.vae import (
     shared_batches,
     train_vae,
 )
+from lavatar_jax.training.weights import abstract_weights
 
 MODEL = VAEConfig(
     kind="wan22", width=8, multipliers=(1, 2), temporal_downsample=(True,), res_blocks=1, patch=4,
@@ -260,6 +265,39 @@ def test_the_report_shows_faces_beside_what_the_vae_keeps_of_them(data: ClipsCon
         truth = np.asarray(faces[index, 0])
         errors = [np.abs(half - truth).mean() for half in (shown[:, :32], shown[:, 32:])]
         assert errors[0] < 0.1 < errors[1]  # a VAE that never trained keeps nothing
+
+
+def test_a_training_holds_its_state_once(data: ClipsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also one that goes on from a checkpoint."""
+    train = LoopConfig(steps=4, batch=4)
+    config = VAERun(out=str(tmp_path), model=MODEL, data=data, loss=VAELossConfig(), train=train)
+    shape = max(abstract_weights(config.make).params.values(), key=lambda weight: weight.size).shape
+    fit, counts = run_module.fit, []
+
+    def count(arrays: Any) -> int:
+        return sum(array.shape == shape for array in arrays)
+
+    class Counting(SimpleNamespace):
+        """Batches that count at each one how many such arrays are in memory."""
+
+        def __next__(self) -> Any:
+            counts.append(count(jax.live_arrays()) - before)
+            return next(self.batches)
+
+    def counted(step_fn: Any, state: Any, frozen: Any, batches: Any, *rest: Any, **options: Any) -> Any:
+        counts.append(count(jax.tree.leaves(state)))
+        feed = Counting(batches=batches, take_part=batches.take_part, get_state=batches.get_state)
+        feed.set_state = batches.set_state
+        return fit(step_fn, state, frozen, feed, *rest, **options)
+
+    monkeypatch.setattr(run_module, "fit", counted)
+    for stop_at in (1, 2):
+        gc.collect()
+        before = count(jax.live_arrays())
+        train_vae(config, stop_at=stop_at)
+    assert counts[0] >= 3  # parameters, their average, a moment
+    assert len(set(counts)) == 1
+    assert len(counts) == 4
 
 
 def test_an_interrupted_run_goes_on_exactly(data: ClipsConfig, tmp_path: Path):
