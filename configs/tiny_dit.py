@@ -28,7 +28,8 @@ MODEL = DiTConfig(
 
 # How the small model is sampled: no motion frames; the sink keeps one distance, in the range of its training;
 # the video starts right after one still picture, as its training clips do. The sink stays the photo: what the
-# adaptive sink puts in its place, the model's own first latent, is less clean (colour error 6.1 against 2.4).
+# adaptive sink puts in its place, the model's own first latent, is less clean (docs/ablation.md: colour error
+# 4.9 against 2.6).
 # All four steps have work to do: with the released schedule the last one would begin at noise level 0.009.
 SAMPLING = SamplingConfig(
     motion=False,

@@ -2,7 +2,8 @@
 
 Method section 4: rank 128, alpha 64, one clip on each of 128 devices, 25,000 steps. The published VAE
 stays as it is: stage 0 (wan14b_vae.py) is for those who want another decoder. `init` is the converted
-checkpoint (tools/convert.py), `data.folder` holds shards of tools/prepare_data.py. On fewer devices:
+checkpoint (tools/convert.py), `data.folder` holds shards of tools/prepare_data.py, whose clips have that area
+(704 x 384, 384 x 704 or 512 x 512; `clip` is the size that a plan counts). On fewer devices:
 `--train.accumulate`, `--mesh.fsdp`; see `--plan`.
 """
 

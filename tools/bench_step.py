@@ -238,7 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=("14b", "1.3b", "tiny"), default="tiny")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--resolution", type=parse, help="HEIGHTxWIDTH pixels (704x384; tiny: 128x128)")
+    parser.add_argument("--resolution", type=parse, help="HEIGHTxWIDTH, not as --size of generate (704x384)")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--unroll", action="store_true", help="layers as a Python loop instead of lax.scan")
     parser.add_argument("--layers", type=int, help="only the first of them")

@@ -1,10 +1,11 @@
 """Compile everything that a served model needs, so that a start of the server compiles nothing.
 
-    python tools/compile_ahead.py --model tiny                        # fill the compilation cache
-    python tools/compile_ahead.py --model tiny --check                # exit code 1 if a start would compile
-    python tools/compile_ahead.py --model DIR --stages 4 --size 704x384 --slots 2
+    python tools/compile_ahead.py --slots 2                # for serve.py live --sessions 2
+    python tools/compile_ahead.py --slots 2 --check        # exit code 1 if a start would compile
+    python tools/compile_ahead.py --model DIR --stages 4   # for serve.py live --model DIR --devices 5
 
-Programs depend on shapes, layout, devices and the version of jax, so give the server's. A session is made,
+Programs depend on shapes, layout, devices and the version of jax, so give the server's numbers; without
+--sessions the small model's server takes two on two cores, others one. A session is made,
 speaks for some seconds, is saved and restored: what a server runs. JAX_COMPILATION_CACHE_DIR sets another
 folder than the default.
 """
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stages", type=int, help="stages of the pipeline, with a device each (default: all on one device)")
     add("--shared-decoder", action="store_true", help="the decoder shares the last stage's device")
     add("--slots", type=int, default=1, help="sessions at once")
-    add("--size", help="HEIGHTxWIDTH pixels (default: the model's)")
+    add("--size", help="HEIGHTxWIDTH pixels, not as --size of generate (default: the model's)")
     add("--devices", type=int, help="make so many virtual devices (CPU only)")
     add("--check", action="store_true", help="write nothing; exit code 1 if a start would compile something")
     return result

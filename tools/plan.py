@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--params", type=float, default=14e9, help="weights of the transformer's blocks, e.g. 14e9")
-    add("--resolution", default="720x400", help="HEIGHTxWIDTH pixels")
+    add("--resolution", default="720x400", help="HEIGHTxWIDTH pixels, not as --size of generate")
     add("--gpu", default="h100", help=f"all devices alike: {', '.join(GPUS)}")
     add("--gpus", type=int, help="how many in all (default: a stage a step, and the decoder's)")
     add("--stages", help="unlike devices instead, one a stage: h100,h100,h20,h20")

@@ -1,7 +1,7 @@
 """Accelerators that a plan can be made for, and how well programs use them.
 
 Nominal numbers are the vendors' for dense arithmetic with 32-bit accumulation. `ceiling` is what a large
-matrix product reaches of them: measured where `measured`, else assumed from the family.
+matrix product is assumed to reach of them.
 """
 
 from __future__ import annotations
@@ -28,30 +28,23 @@ class Gpu:
     link: float
     power: float
     ceiling: float
-    measured: bool = False
 
     def rate(self, dtype: str) -> float:
         """TFLOP/s of a large matrix product; of float32 as TF32, which XLA takes for it on these devices."""
         return self.ceiling * {"fp8": self.fp8, "bf16": self.bf16, "fp32": self.bf16 / 2}[dtype]
 
 
-# H100: 790 TFLOP/s in bf16 were measured (0.80 of nominal, at its power limit); H200 and H800 have the same
-# chip. The H20 is that chip cut to 15 % of the arithmetic, so power and memory never hold it back.
+# H100: others report about 790 TFLOP/s in bf16 (0.80 of nominal, at its power limit); H200 and H800 have the
+# same chip. The H20 is that chip cut to 15 % of the arithmetic, so power and memory never hold it back.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(name="4090", bf16=165, fp8=330, memory=24, bandwidth=1008, link=25, power=450, ceiling=0.90),
         Gpu(name="5090", bf16=209, fp8=419, memory=32, bandwidth=1792, link=50, power=575, ceiling=0.90),
         Gpu(name="h20", bf16=148, fp8=296, memory=96, bandwidth=4000, link=450, power=400, ceiling=0.95),
-        Gpu(
-            name="h100", bf16=989, fp8=1979, memory=80, bandwidth=3350, link=450, power=700, ceiling=0.80,
-            measured=True,
-        ),
+        Gpu(name="h100", bf16=989, fp8=1979, memory=80, bandwidth=3350, link=450, power=700, ceiling=0.80),
         Gpu(name="h800", bf16=989, fp8=1979, memory=80, bandwidth=3350, link=200, power=700, ceiling=0.80),
-        Gpu(
-            name="h200", bf16=989, fp8=1979, memory=141, bandwidth=4800, link=450, power=700, ceiling=0.80,
-            measured=True,
-        ),
+        Gpu(name="h200", bf16=989, fp8=1979, memory=141, bandwidth=4800, link=450, power=700, ceiling=0.80),
         Gpu(name="b200", bf16=2250, fp8=4500, memory=180, bandwidth=8000, link=900, power=1000, ceiling=0.75),
     )
 }  # fmt: skip
