@@ -49,7 +49,7 @@ class Convert:
     merge_lora: bool = False
     """Make the adapters part of the weights (the default)."""
     keep_lora: bool = False
-    """Keep the adapters beside the weights: slower, but tools/export_torch.py can write them again."""
+    """Keep the adapters beside the weights: slower, but they can be trained further, and exported again."""
     preset: Literal["release-single", "release-tpp", "paper"] = "release-tpp"
     """How the model is sampled where nothing else is said. paper: adapters of configs/wan14b_distill.py."""
     dry_run: bool = False

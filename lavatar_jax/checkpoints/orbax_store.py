@@ -156,10 +156,22 @@ def stored_leaves(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     return leaves
 
 
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For orbax: this process waits for no other one."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def reader() -> ocp.Checkpointer:
+    """Restores pytrees: every process its own parts, whatever the others do."""
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone())
+    return ocp.Checkpointer(handler, multiprocessing_options=alone())
+
+
 def restore_leaves(
     folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], shardings: Shardings | None = None
 ) -> dict[str, jax.Array]:
-    """Arrays of an orbax checkpoint by path, in these dtypes, each device reading its own part.
+    """Arrays of an orbax checkpoint by path, some or all, in these dtypes, each device reading its own part.
 
     `shardings`: one for all, or a function of path and shape; None: the first device. Raises UserError for
     files that cannot be read.
@@ -174,8 +186,8 @@ def restore_leaves(
         )
         for path, leaf in leaves.items()
     }
-    request = ocp.args.PyTreeRestore(item=dict(leaves), restore_args=arguments)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    request = ocp.args.PyTreeRestore(item=dict(leaves), restore_args=arguments, partial_restore=True)
+    with reader() as checkpointer:
         try:
             return checkpointer.restore(folder.absolute(), args=request)
         except Exception as error:  # orbax has no class for it

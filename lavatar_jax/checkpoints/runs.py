@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from lavatar_jax.checkpoints.orbax_store import alone, reader
 from lavatar_jax.errors import UserError
 
 State = TypeVar("State")
@@ -64,7 +65,7 @@ class RunCheckpoints:
             best_mode=self.config.best_mode,
             enable_async_checkpointing=self.config.asynchronous and not read_only,
             create=not read_only,
-            multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions(),
+            multiprocessing_options=alone() if read_only else ocp.options.MultiprocessingOptions(),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -148,9 +149,7 @@ class RunCheckpoints:
         request = ocp.args.PyTreeRestore(
             item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
         )
-        alone = _alone()  # every process reads its own shards
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with reader() as checkpointer:
             return checkpointer.restore(folder, args=request)
 
     def best_step(self) -> int | None:
@@ -160,12 +159,6 @@ class RunCheckpoints:
     def close(self) -> None:
         """Wait for what is being written."""
         self.manager.close()
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Of a process that waits for no other one."""
-    process = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 def read_average(run: Path, shardings: Any = None) -> dict[str, Any]:

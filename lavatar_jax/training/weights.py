@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lavatar_jax import lora
 from lavatar_jax.checkpoints.convert import param_paths
-from lavatar_jax.checkpoints.orbax_store import restore_component
+from lavatar_jax.checkpoints.manifest import read_manifest
+from lavatar_jax.checkpoints.orbax_store import restore_component, restore_leaves, stored_leaves
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.checkpoints.store import is_converted, load_params, model_folder
 from lavatar_jax.errors import UserError
@@ -38,7 +39,8 @@ class LoraConfig:
     """Train low-rank adapters and nothing else; rank 0: train all parameters.
 
     `targets`: dotted paths of the weights, a regular expression. `base`: dtype that the others are kept in,
-    where the model does not need float32. `init`: another run, whose adapters to start from.
+    where the model does not need float32. `init`: another run, or a folder that was converted with
+    --keep-lora, whose adapters to start from.
     """
 
     rank: int = 0
@@ -97,7 +99,7 @@ def initial_weights(
         stored = _checked(init, _read(init, base, places, make, component), param_paths(base))
         found = {name: stored[plain_name(name)] for name in wanted if plain_name(name) in stored}
     if adapters.init is not None:
-        found |= _checked(adapters.init, read_average(Path(adapters.init)), abstract.params)
+        found |= _checked(adapters.init, _read_adapters(adapters.init, adapters), abstract.params)
     build = _builder(make, adapters, seed)
 
     def settle(found: Params) -> Params:
@@ -147,6 +149,30 @@ def _read(
         return param_paths(load_params(folder / f"{component}.safetensors", lambda: make(nnx.Rngs(0))))
     stored = restore_component(folder, component, base, place)
     return param_paths(lora.merge(_dequantized(stored, shardings)))
+
+
+def _read_adapters(place: str, wanted: LoraConfig) -> Params:
+    """Of a run, or those that a converted folder keeps, as they are at the factor alpha / r of `wanted`."""
+    if not is_converted(Path(place)):
+        return read_average(Path(place))
+    kept = read_manifest(Path(place)).lora
+    if kept is None or kept["merged"]:
+        raise UserError(
+            f"--lora.init {place} has no adapters of its own: convert it with --lora, --keep-lora"
+        )
+    leaves = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        for name, leaf in stored_leaves(Path(place) / "dit").items()
+        if _ADAPTER.fullmatch(name)
+    }
+    ranks = {leaf.shape[-1] for name, leaf in leaves.items() if name.endswith(".a")}
+    if ranks != {wanted.rank}:
+        raise UserError(
+            f"--lora.init {place} has adapters of rank {min(ranks)}: give --lora.rank {min(ranks)}"
+        )
+    found = restore_leaves(Path(place) / "dit", leaves)
+    factor = kept["scale"] / (wanted.alpha / wanted.rank)
+    return {name: factor * leaf if name.endswith(".b") else leaf for name, leaf in found.items()}
 
 
 def _dequantized(model: Model, shardings: dict[str, NamedSharding]) -> Model:

@@ -21,6 +21,10 @@ from lavatar_jax.checkpoints.orbax_store import restore_component, restore_leave
 from lavatar_jax.checkpoints.store import load_config
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.config import PAPER, RELEASE_TPP
+from lavatar_jax.errors import UserError
+from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.parallel import MeshConfig, train_mesh
+from lavatar_jax.training.weights import LoraConfig, Weights, initial_weights
 from tests import published
 from tests.checkpoints.conversions import abstract_dit, chunks_of, command, task_of
 from tests.published import Published
@@ -122,6 +126,29 @@ def test_adapters_can_stay_beside_the_weights_and_go_back(source: Published, tmp
     assert len(alphas) == len(source.adapters) // 2
     for key, tensor in source.adapters.items():
         np.testing.assert_array_equal(found[key], tensor, strict=True, err_msg=key)
+
+
+def test_published_adapters_can_be_trained_further(source: Published, bf16: Path, tmp_path: Path) -> None:
+    """From the released file, whose factor is 0.5; here trained with another alpha."""
+    options = ("--wan", source.wan, "--lora", source.lora, "--keep-lora", "--out", tmp_path / "model")
+    assert command(convert_main, *options) == 0
+    config, mesh = published.DIT_CONFIG, train_mesh(MeshConfig(data=1))
+
+    def start(place: Path, rank: int = 4, alpha: float = 1.0) -> Weights:
+        adapters = LoraConfig(rank=rank, alpha=alpha, init=str(place))
+        make = lambda rngs: CausalDiT(config, rngs=rngs)  # noqa: E731
+        return initial_weights(make, mesh, init=str(bf16), seed=0, adapters=adapters)
+
+    stored = restore_leaves(tmp_path / "model/dit", stored_leaves(tmp_path / "model/dit"))
+    started = start(tmp_path / "model")
+    assert len(started.params) == 2 * sum(name.endswith(".weight.a") for name in stored) > 0
+    for name, value in started.params.items():
+        wanted = np.asarray(stored[name], np.float32) * (2.0 if name.endswith(".b") else 1.0)
+        np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)
+    with pytest.raises(UserError, match=r"has adapters of rank 4: give --lora\.rank 4"):
+        start(tmp_path / "model", rank=2)
+    with pytest.raises(UserError, match="has no adapters of its own: convert it with --lora, --keep-lora"):
+        start(bf16)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alpha = rank", "mixed"])
