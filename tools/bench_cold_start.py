@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.output import check_output
 
 PHASES = ("import", "prompt", "restore", "photo", "sound", "first block", "second block")
 COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -67,6 +68,8 @@ def measure(model: str, size: str | None) -> dict[str, tuple[float, float]]:
     prompt = read_prompt(folder, config, "a person talking")
     phase("prompt", prompt)
     avatar = load_model_folder(folder)
+    if avatar.config.sampling.decode != "stream":
+        raise UserError(f"{model} decodes whole clips: its first frames come after several blocks")
     phase("restore", avatar.dit, avatar.vae, avatar.speech)
     generator = np.random.default_rng(0)
     image = generator.integers(0, 255, (512, 512, 3), dtype=np.uint8)
@@ -80,7 +83,7 @@ def measure(model: str, size: str | None) -> dict[str, tuple[float, float]]:
     blocks = rollout(avatar.dit, avatar.vae, conditions, map(BlockInput, features), config.sampling)
     for name in PHASES[-2:]:
         block = next(blocks)
-        phase(name, block.frames if block.frames is not None else block.latent)
+        phase(name, block.frames)
     return times
 
 
@@ -131,6 +134,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.json:
+        check_output(arguments.json, ".json")
     if arguments.child:
         print(json.dumps(measure(arguments.model, arguments.size)))
         return

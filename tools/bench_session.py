@@ -34,6 +34,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lavatar_jax.errors import UserError
+from lavatar_jax.inference.output import check_output
+
 RATE = 16_000
 
 
@@ -142,6 +145,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        check_output(args.json, ".json")
+    if not all(part.isdigit() for part in args.devices.split(",")):
+        raise UserError(f"--devices {args.devices}: give numbers of devices, such as 1,5")
     exits = [None if early == "none" else int(early) for early in args.early.split(",")]
     if args.case:
         exits = exits if args.case > 1 else exits[:1]

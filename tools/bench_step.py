@@ -33,8 +33,10 @@ from lavatar_jax.checkpoints.store import load_config, model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.evaluation.capacity import dit_for
+from lavatar_jax.evaluation.devices import arithmetic_s
 from lavatar_jax.evaluation.flops import StreamShape, count_flops
 from lavatar_jax.inference.denoise import init_rings, plan_block
+from lavatar_jax.inference.output import check_output
 from lavatar_jax.models.audio_encoder import encode_audio
 from lavatar_jax.models.dit import CausalDiT, timestep_sinusoid
 from lavatar_jax.models.dit_forward import stream_forward
@@ -250,6 +252,8 @@ def main() -> None:
     parser.add_argument("--profile", help="write a jax profile of the repeats to this folder")
     parser.add_argument("--json", type=Path, help="also write the numbers there (plan.py calibrates with it)")
     options = parser.parse_args()
+    if options.json:
+        check_output(options.json, ".json")
 
     config, vae_config, sampling = configurations(options.size, options.layers)
     pixels = options.resolution or ((128, 128) if options.size == "tiny" else (704, 384))
@@ -277,7 +281,6 @@ def main() -> None:
     arguments = jax.block_until_ready(step_arguments(config, sampling, height, width, **made))
     step = step_function(unroll=options.unroll, text_cached=cached)
     step_report = measure(step, arguments, options.repeats, options.profile)
-    statistics_of = device.memory_stats() or {}
     del arguments
     tflops = flops / step_report["ms"] / 1e9
     report: dict[str, Any] = {
@@ -298,10 +301,12 @@ def main() -> None:
         "ceiling_tflops": ceilings,
         "bandwidth_gbs": bandwidth,
         "tflops": tflops,
-        "share_of_ceiling": tflops / ceilings["attention"],
-        "peak_gb": statistics_of.get("peak_bytes_in_use", 0) / 1e9 or None,
         **step_report,
     }
+    shortest = arithmetic_s(
+        measured_shape(report), ceilings["linear"], ceilings["attention"], text_cached=cached
+    )
+    report["share_of_ceiling"] = 1e3 * shortest / report["ms"]
     if options.decoder:
         decoder = decoder_arguments(vae_config, height, width)
         report["decoder_flops"] = count_flops(decode, *decoder)
@@ -326,8 +331,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     print(f"  frames a second per stage  {12e3 / report['ms']:.1f}")
     memory = f"{report['arguments_gb']:.2f} GB arguments, {report['temporary_gb']:.2f} GB temporary"
-    peak = f", {report['peak_gb']:.2f} GB peak of the device" if report["peak_gb"] else ""
-    print(f"  memory                     {memory}{peak}")
+    print(f"  memory                     {memory}")
     print(f"  compilation                {report['compile_s']:.1f} s")
     if not report["finite"]:
         print("  WARNING: the result is not finite")

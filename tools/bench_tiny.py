@@ -46,6 +46,7 @@ from lavatar_jax.inference.denoise import (
 from lavatar_jax.inference.generate import SAMPLES
 from lavatar_jax.inference.images import load_image
 from lavatar_jax.inference.listen import feature_blocks, make_stream
+from lavatar_jax.inference.output import check_output
 from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
 from lavatar_jax.inference.talk import photo_conditions, talk
 from lavatar_jax.inference.video import VideoWriter
@@ -210,6 +211,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=int, default=0, help="also watch the memory of a video this long")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     arguments = parser.parse_args()
+    if arguments.json:
+        check_output(arguments.json, ".json")
 
     start = time.perf_counter()
     avatar = load_model_folder(arguments.model)

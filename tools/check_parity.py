@@ -112,7 +112,9 @@ def _compare(folder: Path, verbose: bool) -> Result:
         case = Case(folder)
         left = case.recorded()
     except (OSError, ValueError, SafetensorError) as reason:
-        return Result(folder.name, passed=False, problem=f"unreadable: {reason}")
+        return Result(folder.name, passed=False, problem=f"unreadable: {_line(reason)}")
+    except Exception as reason:
+        return Result(folder.name, passed=False, problem=f"case.json is of another form: {_line(reason)}")
     check_case = find_check(case.name)
     if check_case is None:
         return Result(case.name, passed=False, problem="unknown case, no check is written for it")
@@ -127,13 +129,16 @@ def _compare(folder: Path, verbose: bool) -> Result:
             if ratio > worst:
                 worst, worst_error, tolerance = ratio, error, check.tolerance
     except Exception as reason:
-        message = str(reason).splitlines()[0] if str(reason) else ""
-        return Result(case.name, passed=False, problem=f"{type(reason).__name__}: {message}")
+        return Result(case.name, passed=False, problem=f"{type(reason).__name__}: {_line(reason)}")
     result = Result(case.name, count > 0 and worst <= 1, worst_error, tolerance, count, case.variants)
     if left:
         names = ", ".join(name + f" ({variant})" * bool(variant) for variant, name in sorted(left))
         return result._replace(passed=False, problem=f"not compared: {names}")
     return result
+
+
+def _line(reason: Exception) -> str:
+    return (str(reason).splitlines() or [""])[0]
 
 
 def main() -> int:

@@ -66,8 +66,12 @@ class Convert:
         if self.per_channel and self.dtype != "fp8":
             raise UserError("--per-channel is about 8-bit weights: give --dtype fp8 too")
         if self.manifest:
-            if not self.dry_run or self.wan:
-                raise UserError("--manifest lists tensors for --dry-run, without --wan")
+            others = dataclasses.replace(self, manifest=(), dry_run=False)
+            if not self.dry_run or others != Convert():
+                raise UserError(
+                    "--manifest lists tensors for --dry-run, without any other option (the tensors of a LoRA "
+                    "are one more list)"
+                )
             report(plan_listings(self.manifest))
             return
         if self.wan is None:

@@ -25,6 +25,7 @@ from lavatar_jax.checkpoints.store import load_model_folder, model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.data.speech import write_corpus
 from lavatar_jax.data.talking_clips import Clip
+from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.performance import glimpses, held_out_clips, talk_clips
 from lavatar_jax.evaluation.probe import FaceProbe
 from lavatar_jax.evaluation.sheet import save_sheet, to_uint8
@@ -138,7 +139,7 @@ def write_pictures(folder: Path, clips: list[Clip], videos: list[np.ndarray]) ->
     people = [("", pictures) for label, pictures in rows if label != "truth"]
     save_sheet(people[:5], folder / "people.png")
     sound = np.repeat(clips[0].samples, 3)[None]  # 16 to 48 kHz, good enough to listen to
-    pair = np.concatenate([videos[0], clips[0].video[1:]], axis=2)
+    pair = np.concatenate([videos[0], clips[0].video[1 : 1 + len(videos[0])]], axis=2)
     with VideoWriter(folder / "talk.mp4", audio=iter([sound]), scale=4) as writer:
         writer.write(to_uint8(pair))
 
@@ -165,6 +166,13 @@ def main() -> int:
     parser.add_argument("--drift-people", type=int, default=4)
     parser.add_argument("--seed", type=int, default=7, help="of the noise")
     arguments = parser.parse_args()
+
+    if arguments.clips < 2:
+        raise UserError(f"--clips {arguments.clips}: people are compared with others: give at least 2")
+    if 0 < arguments.drift_seconds < 2 * DRIFT_FROM:
+        raise UserError(
+            f"--drift-seconds {arguments.drift_seconds:g}: give at least {2 * DRIFT_FROM:g}, or 0 for none"
+        )
 
     started = time.perf_counter()
     avatar = load_model_folder(arguments.model)

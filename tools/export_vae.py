@@ -46,9 +46,12 @@ def export_vae(place: str, out: Path) -> int:
     tensors = export(vae, VAE_RULES[config.kind])
     temporary = out.with_name(out.name + ".partial")
     with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        os.replace(temporary, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary)
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
     return len(tensors)
 
 

@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from lavatar_jax.checkpoints.manifest import Component, Manifest, hash_leaf, read_manifest
 from lavatar_jax.checkpoints.orbax_store import stored_leaves
+from lavatar_jax.checkpoints.store import load_config
 from lavatar_jax.cli import parse_options, run
 from lavatar_jax.errors import UserError
 
@@ -105,6 +106,11 @@ def main(args: list[str]) -> None:
             for path, stored in component.tensors.items():
                 print(f"{name}/{path}  {stored.dtype} {list(stored.shape)}  {stored.sha256}")
     found = [problem for component in problems.values() for problem in component]
+    if manifest.complete:
+        try:
+            load_config(options.folder)
+        except UserError as error:
+            found.append(str(error))
     if found or not manifest.complete:
         raise UserError(
             f"{options.folder} is not complete: {'; '.join(found[:3]) or 'conversion was stopped'}"

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.tiny_dit import SAMPLING
-from lavatar_jax.checkpoints.store import config_from_dict, save_model_folder
+from lavatar_jax.checkpoints.store import check_replaceable, config_from_dict, save_model_folder
 from lavatar_jax.cli import parse_options, run
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.data.shards import read_dataset
@@ -34,6 +34,7 @@ class Arguments:
 def package(arguments: Arguments) -> Path:
     """Write the averaged weights in half precision, with the latent statistics of the transformer's data, and
     the sampling of its run."""
+    check_replaceable(Path(arguments.out))
     path = Path(arguments.dit) / "config.json"
     if not path.is_file():
         raise UserError(f"{arguments.dit} is not a run of stage 1 or 2: {path} is missing")

@@ -32,6 +32,7 @@ from lavatar_jax.evaluation.capacity import (
 )
 from lavatar_jax.evaluation.devices import GPUS, Calibration, from_measurement, gpu
 from lavatar_jax.evaluation.paper import PAPER_ROWS, against_paper
+from lavatar_jax.inference.output import check_output
 from lavatar_jax.parallel import layout_for
 
 
@@ -68,6 +69,13 @@ def setup_from(options: argparse.Namespace) -> Setup:
         raise UserError(f"--resolution {options.resolution}: expected HEIGHTxWIDTH, as 720x400") from None
     if min(options.steps, options.tensor, options.sessions, options.gpus or 1) < 1:
         raise UserError("--steps, --tensor, --sessions and --gpus must be at least 1")
+    if options.decoder and not options.stages:
+        raise UserError("--decoder is for --stages; with --gpu all devices are alike")
+    if options.gpus and options.stages:
+        raise UserError("--stages says how many devices there are: leave --gpus out")
+    for name in ("link", "needs", "fps"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"--{name} {value:g} must be more than 0")
     if options.stages:
         ring = tuple(gpu(name) for name in options.stages.split(","))
         decoder = gpu(options.decoder) if options.decoder else None
@@ -115,6 +123,8 @@ def calibration_from(path: Path) -> Calibration:
         raise UserError(f"--calibration {path}: {error}") from None
     from tools.bench_step import measured_shape
 
+    if not isinstance(report, dict) or report.get("kind") != "step":
+        raise UserError(f"--calibration {path}: not the JSON that tools/bench_step.py writes")
     return from_measurement(report, measured_shape(report))
 
 
@@ -232,6 +242,8 @@ def main() -> None:
     if options.paper:
         print(paper_table())
         return
+    if options.json:
+        check_output(options.json, ".json")
     setup = setup_from(options)
     if options.needs:
         text, plans = needs_table(setup, options.needs)

@@ -127,7 +127,8 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
         with _hashing(prepared.files, journal, progress.hashed) as collect:
             components = {}
             for name in prepared.plans:
-                components[name] = _write_component(partial / name, prepared, name, journal, progress)
+                with write_errors(task.out):
+                    components[name] = _write_component(partial / name, prepared, name, journal, progress)
                 collect(wait=False)
             hashes = collect(wait=True)
         manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ _CONFIGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def plan_folder(task: Task, open_pickle: Open) -> list[Plan]:
-    """The plans of a published folder's components, and of its LoRA. Raises UserError as conversion does."""
+    """The plans of a published folder's components, and of its LoRA; their bytes are those of the result, in
+    which the LoRA is part of the transformer. Raises UserError as conversion does."""
     prepared = prepare(task, open_pickle)
-    plans = list(prepared.plans.values())
+    plans = [
+        plan
+        if plan.problems
+        else dataclasses.replace(plan, nbytes=sum(output.nbytes for output in prepared.outputs(name)))
+        for name, plan in prepared.plans.items()
+    ]
     if prepared.lora is not None:
         recipe = prepared.recipes["dit"]
         whole = [key for _, key in recipe.replaced.values()]
-        plans.append(_lora_plan(prepared.lora, recipe.pairs, whole))
+        plans.append(dataclasses.replace(_lora_plan(prepared.lora, recipe.pairs, whole), nbytes=0))
     return plans
 
 

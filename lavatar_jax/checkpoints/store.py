@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import types
 import typing
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.config import VAEConfig
-from lavatar_jax.errors import UserError
+from lavatar_jax.errors import UserError, write_errors
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.umt5 import UMT5Encoder
@@ -104,28 +105,49 @@ def load_params(path: Path, make: Callable[[], Model], dtype: Any = jnp.float32)
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), filled)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError unless `folder` is new, empty, or a model folder that `save_model_folder` wrote: what
+    else is there is not replaced by a model."""
+    with write_errors(folder):
+        if not os.path.lexists(folder):
+            return
+        found = list(folder.iterdir()) if folder.is_dir() else [folder]
+    written = all(path.is_file() for path in found) and {CONFIG, DIT, VAE} <= {path.name for path in found}
+    if found and not written:
+        raise UserError(f"{folder} holds other things than a small model; give another --out, or remove it")
+
+
 def save_model_folder(folder: Path, avatar: Avatar, dtype: Any = np.float16) -> None:
-    """Write a model folder; a folder that stood there is replaced only when the new one is complete."""
+    """Write a model folder; a model folder that stood there is replaced only when the new one is complete.
+
+    Raises UserError where something else stands there, or it cannot be written.
+    """
+    check_replaceable(folder)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_params(temporary / DIT, avatar.dit, dtype)
-    save_params(temporary / VAE, avatar.vae, dtype)
-    (temporary / CONFIG).write_text(config_to_json(avatar.config))
-    if folder.exists():
-        for path in folder.iterdir():  # a model card and the like stay
-            if path.is_file() and not (temporary / path.name).exists():
-                shutil.copy2(path, temporary)
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with write_errors(folder):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_params(temporary / DIT, avatar.dit, dtype)
+            save_params(temporary / VAE, avatar.vae, dtype)
+            (temporary / CONFIG).write_text(config_to_json(avatar.config))
+            if folder.exists():
+                for path in folder.iterdir():  # a model card and the like stay
+                    if not (temporary / path.name).exists():
+                        shutil.copy2(path, temporary)
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a shipped model's name ("tiny"), or of a path. Raises UserError if there is none."""
     shipped, folder = SHIPPED / str(name), Path(name)
-    if shipped.is_dir():
+    is_word = bool(re.fullmatch(r"\w[\w.-]*", str(name)))  # ./tiny is a path
+    if is_word and os.path.isdir(shipped):  # which says no where a name is too long
         return shipped
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         _refuse_partial(folder.with_name(folder.name + ".partial"))
         names = ", ".join(sorted(path.name for path in SHIPPED.glob("*/")))
         raise UserError(f"{name}: no such model folder, and no shipped model of that name (shipped: {names})")
@@ -188,7 +210,7 @@ def is_published(folder: Path) -> bool:
 
 
 def _refuse_partial(folder: Path) -> None:
-    if folder.name.endswith(".partial") and folder.is_dir():
+    if folder.name.endswith(".partial") and os.path.isdir(folder):
         raise UserError(
             f"{folder} is a conversion that was not finished; run the same tools/convert.py command again, "
             "it goes on where it stopped"

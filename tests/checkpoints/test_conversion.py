@@ -14,7 +14,7 @@ from lavatar_jax import lora, quant
 from lavatar_jax.checkpoints import exporting
 from lavatar_jax.checkpoints.conversion import JOURNAL, convert_folder
 from lavatar_jax.checkpoints.convert import convert, param_paths
-from lavatar_jax.checkpoints.dry_run import plan_listings
+from lavatar_jax.checkpoints.dry_run import plan_folder, plan_listings
 from lavatar_jax.checkpoints.lora_keys import merged, read_lora
 from lavatar_jax.checkpoints.manifest import hash_file, hash_leaf, read_manifest
 from lavatar_jax.checkpoints.orbax_store import restore_component, restore_leaves, stored_leaves
@@ -61,6 +61,17 @@ def test_the_manifest_tells_where_the_numbers_are_from(source: Published, bf16: 
             assert hash_leaf(bf16 / name / path) == stored.sha256
     assert not (bf16 / JOURNAL).exists()
     assert (bf16 / "tokenizer/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp32"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_dry_run_tells_the_bytes_of_the_result(
+    source: Published, tmp_path: Path, dtype: str, merge: bool
+) -> None:
+    task = task_of(source, tmp_path / "model", lora=source.lora, dtype=dtype, merge=merge)
+    planned = {plan.component: plan.nbytes for plan in plan_folder(task, PickledTensors)}
+    written = convert_folder(task, PickledTensors).components
+    assert planned == {**{name: component.bytes for name, component in written.items()}, "lora": 0}
 
 
 def test_a_model_is_sampled_as_it_was_asked_for(source: Published, bf16: Path, tmp_path: Path) -> None:
@@ -235,6 +246,11 @@ def test_inspection_tells_complete_from_damaged(bf16: Path, tmp_path: Path, caps
     content[100] ^= 1
     chunk.write_bytes(content)
     assert command(inspect_main, folder) == 0
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    assert command(inspect_main, folder) == 2
+    assert "config.json" in capsys.readouterr().err
+    (folder / "config.json").write_text(config)
     assert command(inspect_main, folder, "--verify") == 2
     assert "vae/decoder.conv_in.weight has other numbers" in capsys.readouterr().err
     chunk.unlink()

@@ -135,6 +135,9 @@ def test_wrong_options_and_adapters(broken: Path, source: Published, capsys, tmp
     assert "need the adapters" in refused(broken, capsys, "--keep-lora")
     assert "exclude each other" in refused(broken, capsys, "--keep-lora", "--merge-lora")
     assert "--dtype fp8" in refused(broken, capsys, "--per-channel")
+    for extra in (("--lora", source.lora), ("--dtype", "fp8"), ("--out", "x"), ("--preset", "paper")):
+        assert command(convert_main, "--manifest", broken / "none.json", "--dry-run", *extra) == 2
+        assert "without any other option" in capsys.readouterr().err
     other = tmp_path / "other.safetensors"
     assert "no such file" in refused(broken, capsys, "--lora", other)
     save_file({"nothing": np.zeros(3, np.float32)}, other)

@@ -1,15 +1,18 @@
+import errno
 import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 
 from lavatar_jax.checkpoints.convert import param_paths
-from lavatar_jax.checkpoints.store import load_model_folder, save_model_folder
+from lavatar_jax.checkpoints.store import SHIPPED, load_model_folder, model_folder, save_model_folder
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
-from lavatar_jax.errors import UserError
+from lavatar_jax.errors import UserError, write_errors
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
@@ -97,3 +100,60 @@ def test_weights_of_another_size_are_refused(folder: Path):
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="nothing"):
         load_model_folder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("extra", ["checkpoints", "manifest"])
+def test_a_folder_of_other_things_is_not_replaced(folder: Path, avatar: Avatar, extra: str):
+    """A folder of runs, or a converted model: by a slip in a command line."""
+    (folder / extra).mkdir()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match="holds other things than a small model; give another --out"):
+        save_model_folder(folder, avatar)
+    with pytest.raises(UserError, match="holds other things"):
+        save_model_folder(folder.parent, avatar)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_the_old_model(folder: Path, avatar: Avatar, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("lavatar_jax.checkpoints.store.save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        save_model_folder(folder, avatar)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left [os_error_code='28']"), "disk is full"),
+        (
+            SafetensorError("I/O error: Permission denied (os error 13)"),
+            "not be written (Permission denied)",
+        ),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only file system)"),
+    ],
+)
+def test_what_the_system_says_is_told_whoever_hands_it_on(error: Exception, told: str):
+    with pytest.raises(UserError, match=re.escape(told)), write_errors(Path("out")):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(ValueError, match="a bug"), write_errors(Path("out")):
+        raise ValueError("a bug")
+
+
+def test_only_a_word_names_a_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(folder)
+    assert model_folder("tiny") == SHIPPED / "tiny"
+    for name in ("./tiny", "tiny/", str(tmp_path / "tiny")):
+        assert model_folder(name).resolve() == folder
+    assert model_folder(".").resolve() == tmp_path
+    for name in ("x" * 300, "no/such"):
+        with pytest.raises(UserError, match="no such model folder"):
+            model_folder(name)

@@ -103,6 +103,15 @@ def test_a_damaged_file_fails(small_case: Path) -> None:
     assert result.problem.startswith("unreadable")
 
 
+@pytest.mark.parametrize("text", ["[]", '{"case": 8}', '{"case": "08c", "outputs": 3}'])
+def test_a_case_of_another_form_fails_and_the_others_go_on(small_case: Path, text: str) -> None:
+    (small_case / "case.json").write_text(text)
+    result = run_case(small_case)
+    assert not result.passed
+    assert "\n" not in str(result)
+    assert result.problem
+
+
 def test_a_missing_file_of_outputs_fails(small_case: Path) -> None:
     (small_case / "outputs.safetensors").unlink()
     result = run_case(small_case)

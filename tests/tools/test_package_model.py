@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.runs import CheckpointConfig
@@ -10,6 +11,7 @@ from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.data.clips import ClipsConfig
 from lavatar_jax.data.shards import ShardWriter
+from lavatar_jax.errors import UserError
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
@@ -46,3 +48,9 @@ def test_the_best_checkpoint_is_packaged(tmp_path: Path) -> None:
     found = param_paths(avatar.dit)
     for name, value in param_paths(models[0]).items():
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+    with pytest.raises(UserError, match="holds other things than a small model"):
+        main(["--vae", vae.out, "--dit", dit.out, "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit", "latents", "model", "vae"]
+    main(["--vae", vae.out, "--dit", dit.out, "--out", str(tmp_path / "model"), "--name", "other"])
+    assert load_model_folder(tmp_path / "model").config.name == "other"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lavatar_jax.checkpoints.store import load_model_folder
+from lavatar_jax.cli import run
 from lavatar_jax.config import DiTConfig, VAEConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.capacity import (
@@ -30,6 +32,7 @@ from lavatar_jax.models.vae import make_vae
 from tools import plan as tool
 from tools.bench_step import decoder_arguments
 
+ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100"]
 FIVE = Setup(config=DiTConfig(), height=720, width=400, ring=(H100,) * 4, decoder=H100)
 
@@ -226,11 +229,32 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: py
         "--tensor 3",
         "--gpus 7 --tensor 2",
         "--steps 0",
+        "--decoder 4090",
+        "--gpus 7 --stages h100,h100",
+        "--link -5",
+        "--link 0",
+        "--needs 0",
+        "--fps 0",
+        "--calibration README.md",
+        "--json nowhere/x.json",
+        "--json x.txt",
     ],
 )
-def test_mistakes_are_one_line(arguments: str) -> None:
-    with pytest.raises(UserError):
-        make_plan(tool.setup_from(tool.parser().parse_args(arguments.split())))
+def test_mistakes_are_one_line(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments.split()])
+    assert run(tool.main) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+
+
+def test_a_calibration_is_of_the_right_tool(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"kind": "session"}')
+    arguments = tool.parser().parse_args(["--calibration", str(tmp_path / "other.json")])
+    with pytest.raises(UserError, match=r"not the JSON that tools/bench_step\.py writes"):
+        tool.setup_from(arguments)
 
 
 def test_a_calibration_counts_for_the_device_and_the_numbers_that_were_measured() -> None:

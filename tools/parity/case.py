@@ -49,6 +49,8 @@ class Case:
         self.folder = folder
         self.info: dict[str, Any] = json.loads((folder / "case.json").read_text())
         self.name: str = self.info.get("case", folder.resolve().name)
+        if not isinstance(self.name, str):
+            raise ValueError(f"case.json: the case is named {self.name!r}, which is no text")
         self.inputs = self._load("inputs") if self._exists("inputs") else {}
         self.weights = self._load("weights") if self._exists("weights") else {}
 

@@ -140,6 +140,7 @@ def rollout(case: Case) -> Iterator[Check]:
         yield Check(f"{name}.output", output, want[f"{name}.output"], tolerance)
         yield Check(f"{name}.dtheta", dtheta[None], want[f"{name}.dtheta"], tolerance)
         told = [[call["timestep"][0], call["current_start"] / case["frame_seq_length"]] for call in calls]
+        yield Check(f"{name}.call_count", done.cache[0], len(calls), EXACT)
         yield Check(f"{name}.calls", done.cache[1], np.array(told), tolerance)
         graded = {call["current_start"] // case["frame_seq_length"] for call in calls if call["grad_enabled"]}
         yield Check(f"{name}.learning", learning, [int(start) in graded for start in starts], EXACT)
