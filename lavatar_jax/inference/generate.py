@@ -21,7 +21,7 @@ from lavatar_jax.inference.contact_sheet import ContactSheet
 from lavatar_jax.inference.images import DIVISOR, load_image, video_size
 from lavatar_jax.inference.output import check_output, write_png
 from lavatar_jax.inference.sound import SAMPLE_RATE, load_sound
-from lavatar_jax.inference.video import VideoWriter, read_frames
+from lavatar_jax.inference.video import VideoWriter, enlarged, read_frames
 
 if TYPE_CHECKING:
     from lavatar_jax.parallel import PipelineLayout
@@ -41,7 +41,7 @@ class Generate:
     prompt: Annotated[str, arg(metavar="TEXT")] = "a person talking"
     """How they look and behave."""
     pose: Annotated[Path | None, arg(metavar="VIDEO")] = None
-    """Video of poses to follow, for models trained with poses."""
+    """Video of poses to follow, at any frame rate, for models trained with poses."""
     out: Annotated[Path, arg(metavar="MP4")] = Path("avatar.mp4")
     """Where to write the video."""
     seed: int = 0
@@ -88,14 +88,14 @@ class Generate:
                 f"--size {self.size}: the model {self.model} was trained for squares of "
                 f"{config.image_size} pixels only; leave it out"
             )
-        video_size(image, size or config.image_size)
+        enlarged(*video_size(image, size or config.image_size), self.scale)
         sampling = SAMPLING_PRESETS[self.preset] if self.preset else config.sampling
         sampling = dataclasses.replace(sampling, steps=self.steps or sampling.steps)
         layout = self._layout(sampling)
         prompt = self.prompt if config.text is None else read_prompt(folder, config, self.prompt)
         avatar = load_model_folder(self.model)
         conditions = photo_conditions(avatar, image, prompt, sampling, image_size=size)
-        pose = (frame[None] for frame in read_frames(self.pose)) if self.pose else None
+        pose = (frame[None] for frame in read_frames(self.pose, config.fps)) if self.pose else None
         samples, streaming = sound.samples, self.streaming_audio
         if config.speech is None:  # wav2vec2 normalises what it hears by itself
             samples = normalise_level(samples)

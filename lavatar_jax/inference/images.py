@@ -13,6 +13,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.inference.inputs import check_input
 
 MAX_PIXELS = 100_000_000  # a 100-megapixel photo is real, a larger one is more likely a bomb
+MOST_STRETCHED = 300  # times as long as wide
 FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 DIVISOR = 64  # sides of a video: 8x by the VAE, 2x by the patches, 4x by the coarsest motion tokens
 
@@ -80,10 +81,18 @@ def _round_up(side: int) -> int:
 def video_size(image: np.ndarray, image_size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the video for an image [H, W, 3]: `image_size` of the model's configuration is a
     fixed square, or the sides of the largest area (`size_less_than_area`)."""
+    _check_proportions(image)
     if isinstance(image_size, int):
         return image_size, image_size
     height, width = image.shape[:2]
     return size_less_than_area(height, width, math.prod(image_size))
+
+
+def _check_proportions(image: np.ndarray) -> None:
+    """Raises UserError for what would be scaled to gigabytes before it is cropped."""
+    height, width = image.shape[:2]
+    if max(height, width) > MOST_STRETCHED * min(height, width):
+        raise UserError(f"an image of {width}x{height} is too long and narrow; crop it first")
 
 
 def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -105,6 +114,7 @@ def cover_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
     For models of one fixed size: no black bars, whatever the proportions of the photo.
     """
+    _check_proportions(image)
     old_height, old_width = image.shape[:2]
     scale = max(height / old_height, width / old_width)
     new_height, new_width = max(height, round(old_height * scale)), max(width, round(old_width * scale))

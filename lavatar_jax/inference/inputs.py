@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import av
@@ -16,11 +17,17 @@ DEMUXERS = "wav,w64,aiff,au,caf,mp3,flac,ogg,mov,aac,matroska,mpegts,avi,amr,ac3
 def check_input(path: str | Path, kind: str, formats: str) -> Path:
     """`kind` and `formats` are for the message: "audio", "WAV, MP3 or OGG". Raises UserError."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such {kind} file")
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such {kind} file") from None
+    except PermissionError:
+        raise UserError(f"{path}: not allowed to look into its folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no such {kind} file ({getattr(error, 'strerror', error)})") from None
+    if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{path} is a folder; give one {kind} file ({formats})")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise UserError(f"{path} is an empty file; give one {kind} file ({formats})")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: not allowed to read this file")

@@ -9,12 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from lavatar_jax.config import SamplingConfig
+from lavatar_jax.errors import UserError
 from lavatar_jax.inference.sound import SAMPLE_RATE
 from lavatar_jax.inference.speech_features import speech_features
 from lavatar_jax.inference.speech_stream import Wav2Vec2Stream, Wav2Vec2StreamConfig
 from lavatar_jax.models.avatar import Avatar
 from lavatar_jax.models.logmel import LogMelStream
 from lavatar_jax.models.wav2vec2 import Wav2Vec2
+
+STREAM_FPS = 25  # of `Wav2Vec2Stream` and `LogMelStream`
 
 Samples = Float[np.ndarray, "n"]
 Features = Float[np.ndarray, "L A T"]
@@ -33,7 +36,13 @@ class FeatureStream(Protocol):
 
 
 def make_stream(avatar: Avatar) -> FeatureStream:
-    """The model's ear, for one recording."""
+    """The model's ear, for one recording. Raises UserError for a model of another frame rate than a stream of
+    sound is cut into."""
+    if avatar.config.fps != STREAM_FPS:
+        raise UserError(
+            f"the model {avatar.config.name} makes {avatar.config.fps} frames/s, and sound is heard as a "
+            f"stream at {STREAM_FPS} only: use generate with a recording of at most two minutes"
+        )
     if avatar.speech is not None:
         return Wav2Vec2Stream(avatar.speech, Wav2Vec2StreamConfig(block_frames=frames_per_block(avatar)))
     return LogMelStream(avatar.config.log_mel)

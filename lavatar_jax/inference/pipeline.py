@@ -413,15 +413,20 @@ class Pipeline:
 
         self._clear(slot, next_block=state.next_block)
         rows = tuple(jax.tree.map(functools.partial(share, j=j), state.rings) for j in range(local))
+        fits = jax.tree.map(
+            lambda row, ring: row.shape == (ring.shape[0], 1, *ring.shape[2:]), rows, self.rings
+        )
+        if not all(jax.tree.leaves(fits)):
+            raise ValueError("the rings of a saved video are of another model or size")
         placed = jax.device_put(rows, jax.tree.map(lambda ring: ring.sharding, self.rings))
-        # Bubbles of the slot's past are still on their way: they must pass before the rows are written.
-        self._changes.append(_Change(slot, functools.partial(self._write_row, slot, placed)))
         put = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, slot, 0, 0, 0))
         new = jax.device_put(state.text, self.text.k.sharding)
         self.text = jax.device_put(jax.tree.map(put, self.text, new), self.text.k.sharding)
         self._set_mask(slot, state.actor_mask)
         cache = jax.device_put(state.decoder, self.decoder_device)
         self.decoders[slot] = StreamDecoder.from_state(self.vae, cache, state.drop_frames)
+        # Bubbles of the slot's past are still on their way: they must pass before the rows are written.
+        self._changes.append(_Change(slot, functools.partial(self._write_row, slot, placed)))
 
     def _set_mask(self, slot: int, mask: Any) -> None:
         """Where each speaker is in a slot's video; None: everywhere."""

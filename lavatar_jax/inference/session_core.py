@@ -121,7 +121,8 @@ class SessionCore:
         with self._lock:
             ready = len(self._queue) >= self._hearing.missing()
             if not self.options.live:
-                blocks = len(self.outbox) / self._delivery.parts + len(self._unsent)
+                # A block of which a part is unread still takes the place of a block.
+                blocks = -(-len(self.outbox) // self._delivery.parts) + len(self._unsent)
                 room = blocks < self.options.unread
                 return -math.inf if room and (ready or (self._ended and self._unheard())) else math.inf
             start = self._pace.begins(self.fed + self._delivery.held)
@@ -258,6 +259,7 @@ class SessionCore:
                 "quiet": self._quiet,
                 "last_real": self._last_real,
                 "ended": int(self._ended),
+                "finishing": int(self._finishing),
             }
             pending = self.adapt_at is not None and self.fed <= self.adapt_at
             return SessionState(
@@ -281,6 +283,7 @@ class SessionCore:
         self._delivery.held = numbers["out"] - numbers["fed"]
         self._quiet, self._last_real = numbers["quiet"], numbers["last_real"]
         self._ended = bool(numbers["ended"])
+        self._finishing = bool(numbers.get("finishing", 0))  # sessions of earlier versions do not tell
         self._hearing.set_state(state.hearing)
         self._queue.push(state.waiting, now)
         self._noise = self._draws.noise(self.fed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import threading
 import time
@@ -108,6 +109,8 @@ class SessionHost:
         picture or prompt that cannot be used.
         """
         opened, checked = self.clock(), self._options(options)
+        if isinstance(image, Conditions) and not (isinstance(prompt, str) and not prompt):
+            raise ValueError("conditions have their prompt in them: give a photo, or leave the prompt out")
         with self._reserve() as slot:
             conditions = image if isinstance(image, Conditions) else self.conditions(image, prompt)
             session = self._session(slot, checked, seed, opened, on_block)
@@ -135,6 +138,8 @@ class SessionHost:
 
     @contextlib.contextmanager
     def _reserve(self) -> Iterator[int]:
+        if self._thread is not None and not self.running:
+            raise UserError("the server failed: no session can be opened any more; start it again")
         with self._loop.lock:
             self._loop.reap()
             free = [slot for slot in range(self.slots) if slot not in self._loop.places]
@@ -209,7 +214,10 @@ class SessionHost:
             if state.model != self._made_with():
                 raise UserError(f"{path} was saved with {state.model}, and this is {self._made_with()}")
             with self._loop.lock:
-                pipeline.load(slot, state.slot)
+                try:
+                    pipeline.load(slot, state.slot)
+                except (ValueError, TypeError):  # of arrays that do not fit, for all that it says of itself
+                    raise UserError(f"{path} is not a saved session, or is damaged") from None
                 session = self._session(slot, checked, state.numbers["seed"], opened, on_block)
                 session.set_state(state, self.clock())
                 if session.fed == 0:  # where it comes from, block 0 may have been sooner out
@@ -221,7 +229,21 @@ class SessionHost:
     def _made_with(self) -> dict[str, Any]:
         config, sampling = self.avatar.config, dataclasses.asdict(self.pipeline.sampling)
         sampling = {name: list(v) if isinstance(v, tuple) else v for name, v in sampling.items()}
-        return {"name": config.name, "size": list(self.size), "sampling": sampling}
+        return {
+            "name": config.name,
+            "size": list(self.size),
+            "sampling": sampling,
+            "weights": self._fingerprint,
+        }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Tells models apart that have one name: of the first numbers of all weights."""
+        models = (self.avatar.dit, self.avatar.vae)
+        first = jax.jit(lambda tree: [x[(0,) * (x.ndim - 1)][:8] for x in jax.tree.leaves(tree) if x.ndim])
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(models)]
+        numbers = b"".join(np.asarray(row).tobytes() for row in first(models))
+        return hashlib.sha256(repr(shapes).encode() + numbers).hexdigest()[:16]
 
     # ---- running ----------------------------------------------------------------------------------------
 

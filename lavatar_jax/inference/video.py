@@ -80,10 +80,7 @@ class VideoWriter:
             self._catch_up(container)
 
     def _open(self, height: int, width: int) -> av.container.OutputContainer:
-        scale = self._scale or default_scale(height)
-        height, width = (scale * (side + side % 2) for side in (height, width))
-        if max(height, width) > LARGEST:
-            raise UserError(f"a video of {width}x{height} is too large; use a smaller --scale")
+        height, width = enlarged(height, width, self._scale)
         # "faststart" moves the index to the front, so that a browser can play before all is loaded.
         self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
         options = {"preset": "veryfast", "crf": "18"}
@@ -199,8 +196,45 @@ def read_video(path: str | Path) -> Video:
     return Video(frames=frames, fps=fps, sound=load_sound(path) if has_sound else None)
 
 
-def read_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Decodes a video frame by frame: uint8 [H, W, 3]. Raises UserError as `read_video` does."""
+def enlarged(height: int, width: int, scale: int | None) -> tuple[int, int]:
+    """Sides of a written video whose frames have these: `scale` times as long (None: small ones to at least
+    512 rows), and even. Raises UserError where that is too large."""
+    scale = scale or default_scale(height)
+    height, width = (scale * (side + side % 2) for side in (height, width))
+    if max(height, width) > LARGEST:
+        raise UserError(f"a video of {width}x{height} is too large; use a smaller --scale")
+    return height, width
+
+
+def read_frames(path: str | Path, fps: int | None = None) -> Iterator[np.ndarray]:
+    """Decodes a video frame by frame: uint8 [H, W, 3]. Raises UserError as `read_video` does.
+
+    `fps`: so many frames a second, each the nearest one in time; None: all frames, whenever they are shown.
+    """
+    frames = _timed_frames(path)
+    yield from (image for _, image in frames) if fps is None else _at_rate(frames, fps)
+
+
+def _at_rate(frames: Iterator[tuple[float, np.ndarray]], fps: int) -> Iterator[np.ndarray]:
+    """The last frame is shown for as long as the one before it was."""
+    count, start, held = 0, 0.0, 1.0 / fps
+    last: tuple[float, np.ndarray] | None = None
+    for time, image in frames:
+        if last is None:
+            start = time
+        else:
+            held = time - last[0]
+            while count / fps < (last[0] + time) / 2 - start:
+                yield last[1]
+                count += 1
+        last = time, image
+    while last is not None and count / fps < last[0] + held / 2 - start:
+        yield last[1]
+        count += 1
+
+
+def _timed_frames(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """(seconds, pixels) of all frames."""
     with open_media(path, "video", FORMATS) as container:
         if not container.streams.video:
             raise UserError(f"{path} has no pictures in it; give a video")
@@ -208,7 +242,7 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
         try:
             for frame in container.decode(video=0):
                 empty = False
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.time or 0.0, frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, ValueError):
             raise UserError(f"{path} is damaged or cut off; give a complete video") from None
         if empty:

@@ -159,6 +159,15 @@ def test_what_one_device_only_can_sample_is_not_spread(
     assert not stand_in.loaded
 
 
+def test_a_scale_that_makes_the_video_too_large_is_told_before_the_model_is_loaded(
+    folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.config = SimpleNamespace(**vars(stand_in.config) | {"image_size": 1024})
+    assert run(lambda: serve.main([*GOOD, "--scale", "9"])) == 2
+    assert "a video of 9216x9216 is too large; use a smaller --scale" in capsys.readouterr().err
+    assert not stand_in.loaded
+
+
 def test_long_recordings_are_heard_as_a_stream(
     folder: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Reading images of every kind, refusing what is none, and the reference's sizing and cropping."""
 
+import errno
 import struct
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from lavatar_jax.inference.images import (
     load_image,
     resize_and_crop,
     size_less_than_area,
+    video_size,
 )
 from tests.shared import golden
 
@@ -171,6 +173,29 @@ def test_sizes_fit_and_are_multiples_of_64(h: int, w: int, area: int) -> None:
     assert height * width <= area
     assert height % 64 == width % 64 == 0
     assert min(height, width) >= 64
+
+
+@pytest.mark.parametrize("name", [300 * "x", "a\0b"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(UserError, match="no such image file"):
+        load_image(name)
+
+
+def test_a_picture_behind_a_closed_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", closed)  # root may go everywhere
+    with pytest.raises(UserError, match="not allowed to look into its folder"):
+        load_image("somebody/face.png")
+
+
+def test_long_and_narrow_pictures_are_refused() -> None:
+    """Before they are scaled to gigabytes, for a video of a fixed square too."""
+    strip = np.zeros((1, 100_000, 3), np.uint8)
+    for refuse in (lambda: cover_and_crop(strip, 64, 64), lambda: video_size(strip, 128)):
+        with pytest.raises(UserError, match="an image of 100000x1 is too long and narrow"):
+            refuse()
 
 
 def test_extreme_proportions_are_refused() -> None:

@@ -18,7 +18,16 @@ def test_a_good_name_passes(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("", "folder"), ("no/a.mp4", "no folder"), ("a.avi", "mp4")])
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("", "folder"),
+        ("no/a.mp4", "no folder"),
+        ("a.avi", "mp4"),
+        (300 * "x" + ".mp4", "too long"),
+        (245 * "x" + ".mp4", "too long"),
+    ],
+)
 def test_bad_names_are_refused(tmp_path: Path, name: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         check_output(tmp_path / name, ".mp4")

@@ -88,6 +88,23 @@ def test_parts_of_a_block_are_the_whole_block_sooner() -> None:
     assert not rest[1].any()
 
 
+def test_nothing_is_lost_where_a_reader_is_slower_than_the_host() -> None:
+    """Part by part: a block of which some parts are read still has no room for another one behind it."""
+    host = make_host(sampling=DROPPING, name="parts")
+    session = host.open(photo(), live=False, unread=2)
+    session.push_audio(speech(9))
+    session.finish()
+    read = []
+    while session.reason is None or len(session.outbox):
+        while host.step() == 0.0:
+            pass
+        if (part := session.read()) is None:
+            break
+        read.append((part.index, part.part))
+    assert read == [(block, part) for block in range(9 + 1) for part in range(3)]
+    assert session.stats.dropped_frames == 0
+
+
 def test_frames_that_decoding_drops_are_part_of_the_time() -> None:
     samples, model = speech(2), avatar(DROPPING)
     want = np.concatenate(list(talk(model, photo_conditions(model, photo()), samples)))
@@ -371,3 +388,29 @@ def test_a_thread_serves_readers_and_ends() -> None:
     left = host.open(photo())
     host.close()
     assert left.reason == "the server stops"
+
+
+def test_nobody_waits_at_a_host_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make_host()
+
+    def fail() -> float:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(host, "step", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    host.start()
+    assert host._thread is not None
+    host._thread.join(10)
+    with pytest.raises(UserError, match="the server failed"):
+        host.open(photo())
+    host.close()
+    monkeypatch.undo()
+    host.open(photo()).close()
+
+
+def test_conditions_have_their_prompt_in_them() -> None:
+    host = make_host()
+    conditions = host.conditions(photo(), "smiling")
+    host.open(conditions).close()
+    with pytest.raises(ValueError, match="leave the prompt out"):
+        host.open(conditions, prompt="smiling")

@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -232,6 +233,39 @@ def test_save_and_restore_in_another_host(tmp_path) -> None:
     session.finish()
     rest = frames_of(list(session))
     np.testing.assert_array_equal(rest, frames_of(want)[-len(rest) :])
+
+
+def test_a_session_that_was_told_its_end_ends_elsewhere_too(tmp_path) -> None:
+    host = make_host()
+    session = host.open(photo(), live=False)
+    session.push_audio(speech(4))
+    session.finish()
+    host.step()
+    host.save(session, tmp_path / "a.safetensors")
+    got = drain(session)
+    session.close()
+    restored = host.restore(tmp_path / "a.safetensors", live=False)
+    got += list(restored)
+    assert restored.reason == "finished"
+    assert [block.index for block in got] == list(range(len(got)))
+    assert len(got) in (4, 5)
+
+
+def test_a_session_of_another_model_changes_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name; and one whose arrays do not fit, whatever it says of itself."""
+    host = make_host()
+    session = host.open(photo())
+    host.save(session, tmp_path / "a.safetensors")
+    monkeypatch.setitem(vars(host), "_fingerprint", "another")
+    with pytest.raises(UserError, match=r"was saved with .*weights"):
+        host.restore(tmp_path / "a.safetensors")
+    monkeypatch.undo()
+    state = host.pipeline.save(session.slot)
+    deeper = jax.tree.map(lambda x: np.concatenate([x, x[:, :1]], axis=1), state.rings)
+    for rings in (deeper, jax.tree.map(lambda x: x[:, :-1], state.rings)):
+        with pytest.raises(ValueError, match="of another model or size"):
+            host.pipeline.load(SLOTS - 1, state._replace(rings=rings))
+        assert host.pipeline.save(session.slot), "no change of it waits"
 
 
 def test_a_saved_session_is_checked(tmp_path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference import video
 from lavatar_jax.inference.sound import TRACK_RATE
-from lavatar_jax.inference.video import VideoWriter, default_scale, read_video
+from lavatar_jax.inference.video import VideoWriter, default_scale, read_frames, read_video
+from tests.tools.videos import film
 
 
 def frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -176,3 +177,17 @@ def test_what_is_no_video_is_refused(tmp_path: Path, content: bytes | None) -> N
         (tmp_path / "v.mp4").write_bytes(content)
     with pytest.raises(UserError, match=r"v\.mp4"):
         read_video(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize(("rate", "step"), [(25, 1), (50, 2), (100, 4)])
+def test_frames_are_taken_by_their_time(tmp_path: Path, rate: int, step: int) -> None:
+    shown = film(tmp_path / "a.mp4", frames(40), None, fps=rate)
+    every = np.stack(list(read_frames(shown)))
+    np.testing.assert_array_equal(np.stack(list(read_frames(shown, 25))), every[::step])
+
+
+def test_slow_videos_show_their_frames_for_longer(tmp_path: Path) -> None:
+    shown = film(tmp_path / "a.mp4", frames(5), None, fps=10)
+    every = np.stack(list(read_frames(shown)))
+    nearest = [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]  # of 0, 40, 80 ... ms among 0, 100, 200 ... 400
+    np.testing.assert_array_equal(np.stack(list(read_frames(shown, 25))), every[nearest])
