@@ -129,6 +129,15 @@ class SamplingConfig:
         if self.adapt_motion and self.decode != "clip":
             raise ValueError("adapt_motion re-encodes decoded clips and needs decode='clip'")
 
+    @property
+    def why_no_pipeline(self) -> str | None:
+        """Why only the sequential rollout on one device can sample so; None if a pipeline can too."""
+        if self.history != "noisy":
+            return f"with history {self.history!r} all steps share one ring of keys"
+        if self.decode != "stream":
+            return "it decodes whole clips, not a stream"
+        return None
+
 
 # The released single-GPU script (AAS is off there unless --enable_online_decode is passed).
 RELEASE_SINGLE = SamplingConfig(

@@ -58,7 +58,7 @@ from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.timeline import Bar, draw_timeline, read_profile
 from lavatar_jax.inference.output import check_output
-from lavatar_jax.inference.pipeline import Feed, Finished, Pipeline, not_for_pipelines
+from lavatar_jax.inference.pipeline import Feed, Finished, Pipeline
 from lavatar_jax.inference.rollout import Draws, rollout
 from lavatar_jax.inference.talk import photo_conditions
 from lavatar_jax.models.avatar import Avatar
@@ -349,7 +349,7 @@ def main(options: argparse.Namespace) -> None:
     if wrong := [name for name in names if name != "rollout" and not name.isdigit()]:
         raise UserError(f"--modes {options.modes}: {wrong[0]} is no number of devices, and not `rollout`")
     avatar = load_model_folder(options.model)
-    if (reason := not_for_pipelines(avatar.config.sampling)) is not None:
+    if (reason := avatar.config.sampling.why_no_pipeline) is not None:
         raise UserError(f"the model {options.model} cannot be measured: {reason}")
     photo = np.full((256, 256, 3), 128, np.uint8)
     conditions = photo_conditions(avatar, photo)

@@ -152,10 +152,9 @@ class Generate:
         """How several devices share the work; None for one, which needs no pipeline."""
         if self.devices == 1:
             return None
-        from lavatar_jax.inference.pipeline import not_for_pipelines
         from lavatar_jax.parallel import claim_devices
 
-        if (reason := not_for_pipelines(sampling)) is not None:
+        if (reason := sampling.why_no_pipeline) is not None:
             how = f"--preset {self.preset}" if self.preset else f"the model {self.model}"
             raise UserError(
                 f"--devices {self.devices}: {how} runs on one device, as {reason}; "

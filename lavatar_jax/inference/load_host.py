@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from lavatar_jax.checkpoints.store import load_config, load_model_folder, model_folder
 from lavatar_jax.errors import UserError
-from lavatar_jax.inference.pipeline import not_for_pipelines
 from lavatar_jax.inference.prompt_reader import PromptReader
 from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.parallel import claim_devices
@@ -19,7 +18,7 @@ def prepare_host(model: str, devices: int) -> Callable[[int], SessionHost]:
     """
     folder = model_folder(model)
     config = load_config(folder)
-    if (reason := not_for_pipelines(config.sampling)) is not None:
+    if (reason := config.sampling.why_no_pipeline) is not None:
         raise UserError(
             f"the model {model} cannot talk live: {reason} (`sampling` in its config.json); "
             "use generate, on one device"

@@ -489,19 +489,10 @@ class Pipeline:
         return decoder(jax.device_put(block.latent, self.decoder_device))
 
 
-def not_for_pipelines(sampling: SamplingConfig) -> str | None:
-    """Why only `rollout` on one device can sample so; None if a pipeline can too."""
-    if sampling.history != "noisy":
-        return f"with history {sampling.history!r} all steps share one ring of keys"
-    if sampling.decode != "stream":
-        return "it decodes whole clips, not a stream"
-    return None
-
-
 def _check(sampling: SamplingConfig, layout: PipelineLayout, devices: list[jax.Device]) -> None:
     if sampling.steps % layout.stages:
         raise ValueError(f"{layout.stages} stages do not divide {sampling.steps} steps evenly")
-    if (reason := not_for_pipelines(sampling)) is not None:
+    if (reason := sampling.why_no_pipeline) is not None:
         raise ValueError(f"a pipeline cannot sample so: {reason}")
     if len({device.process_index for device in devices}) > 1:  # packets and slots are arrays of this one
         raise ValueError("a pipeline runs in one process so far: give it devices of one")
