@@ -411,13 +411,10 @@ class Pipeline:
             split = leaf.reshape(stages, local, *leaf.shape[1:])[:, j]
             return split.reshape(-1, *leaf.shape[2:])
 
-        self._clear(slot, next_block=state.next_block)
         rows = tuple(jax.tree.map(functools.partial(share, j=j), state.rings) for j in range(local))
-        fits = jax.tree.map(
-            lambda row, ring: row.shape == (ring.shape[0], 1, *ring.shape[2:]), rows, self.rings
-        )
-        if not all(jax.tree.leaves(fits)):
+        if jax.tree.map(np.shape, rows) != jax.tree.map(np.shape, jax.eval_shape(row_of, self.rings, 0)):
             raise ValueError("the rings of a saved video are of another model or size")
+        self._clear(slot, next_block=state.next_block)
         placed = jax.device_put(rows, jax.tree.map(lambda ring: ring.sharding, self.rings))
         put = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, slot, 0, 0, 0))
         new = jax.device_put(state.text, self.text.k.sharding)
