@@ -94,6 +94,7 @@ class Room:
         self._silence_to_speech_ms: float | None = None
         self._spoke_at = 0.0
         self._completing = threading.Lock()
+        self._recorded = 0  # files
         self._speaking_until: float | None = None
         self._sent_at: deque[float] = deque(maxlen=2 * fps)
         self._broadcast = Broadcast(
@@ -265,15 +266,20 @@ class Room:
         self.check_open()
         if self.recording is not None and self.recording.state == "on":
             raise ApiError(409, "conflict", "The session is being recorded already.")
-        limits, path = self._config.limits, self._folder / f"{self.identity.id}.mp4"
-        path.unlink(missing_ok=True)  # not written over: the one before may still be on its way to somebody
-        self._broadcast.recording = Recording(
+        # A file of its own: the one before may still be signed, or on its way to somebody.
+        limits, before = self._config.limits, self.recording
+        path = self._folder / f"{self.identity.id}{f'-{self._recorded}' if self._recorded else ''}.mp4"
+        path.unlink(missing_ok=True)
+        recording = Recording(
             path, size=self._size, fps=self._fps,
             seconds=limits.recording_seconds, nbytes=limits.recording_bytes,
         )  # fmt: skip
+        self._broadcast.recording, self._recorded = recording, self._recorded + 1
+        if before is not None:
+            before.path.unlink(missing_ok=True)
         self._broadcast.force_keyframe()
         self.tell({"type": "recording.started"})
-        return self._broadcast.recording
+        return recording
 
     async def stop_recording(self) -> Recording:
         recording = self.recording
@@ -281,7 +287,7 @@ class Room:
             raise ApiError(404, "not_found", "There is no recording of this session.")
         was_on = recording.state == "on"
         await asyncio.to_thread(self._complete, recording)
-        if was_on:
+        if was_on and recording is self.recording:  # else the next one is running, which has been told
             self.tell({"type": "recording.stopped", "recording": recording.about()})
         return recording
 
@@ -296,6 +302,9 @@ class Room:
                 recording.signed = True
             except UserError as error:
                 log.warning("%s", error, extra={"session": self.identity.id})
+            finally:
+                if recording is not self.recording:  # the next one has begun, and nobody can ask for it
+                    recording.path.unlink(missing_ok=True)
 
     def _recording_failed(self, message: str) -> None:
         log.warning("recording failed: %s", message, extra={"session": self.identity.id})

@@ -4,7 +4,10 @@ import asyncio
 import errno
 import io
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +89,34 @@ def test_the_recording_is_complete_when_the_end_is_told(served: Served) -> None:
         socket.say(type="session.close")
         socket.event("session.closed")
         assert session.room.recording.signed
+
+
+def test_a_recording_that_begins_while_the_last_one_is_signed_is_kept(served: Served) -> None:
+    session = served.open(options={"record": True})
+    wait_for(lambda: session.room.recording.bytes)
+    signing, go = threading.Event(), threading.Event()
+
+    def sign(path: Path) -> None:
+        signing.set()
+        assert go.wait(20)
+        part = path.with_suffix(".part")
+        part.write_bytes(b"signed")
+        os.replace(part, path)
+
+    session.room._sign = sign
+    with ThreadPoolExecutor() as pool:
+        stopped = pool.submit(session.request, "DELETE", "/recording")
+        assert signing.wait(20)
+        assert session.request("POST", "/recording").status_code == 201
+        wait_for(lambda: session.room.recording.bytes)
+        go.set()
+        assert stopped.result().status_code == 200
+    session.room._sign = None
+    first = session.room.recording.frames
+    wait_for(lambda: session.room.recording.frames > first)
+    assert session.request("DELETE", "/recording").json()["state"] == "off"
+    assert frames_of(session.request("GET", "/recording").content) > first
+    assert list(session.room._folder.iterdir()) == [session.room.recording.path]  # nothing of the other
 
 
 def test_a_recording_that_is_still_being_completed_is_waited_for(
