@@ -131,8 +131,10 @@ class Call:
     # ---- the connection --------------------------------------------------------------------------------
 
     async def answer(self, sdp: str) -> str:
-        """The answer to an offer. Raises ApiError 400 and 415."""
+        """The answer to an offer. Raises ApiError 400 and 415, and 404 when the session ends meanwhile."""
         offer = checked_offer(sdp)
+        self._room.calls[self.id] = self  # before anything is waited for: it counts from here on
+        self._spawn(self._give_up())
         wanted = {media.kind: media.direction for media in offer.media}
         try:
             for track, direction in ((self._sound, wanted.get("audio")), (self._video, wanted.get("video"))):
@@ -140,12 +142,12 @@ class Call:
                     self._peer.addTrack(track)
             await self._peer.setRemoteDescription(RTCSessionDescription(str(offer), "offer"))
             await self._peer.setLocalDescription(await self._peer.createAnswer())
+            self._room.check_open()
         except Exception as error:  # whatever is wrong with a stranger's text
             await self.hang_up("refused")
+            self._room.check_open()
             log.info("offer refused: %s", type(error).__name__)
             raise ApiError(400, "bad_request", "That offer cannot be answered.") from None
-        self._room.calls[self.id] = self
-        self._spawn(self._give_up())
         return self._peer.localDescription.sdp
 
     async def hang_up(self, reason: str) -> None:
@@ -190,7 +192,10 @@ class Call:
         return sum(counts) if counts else None
 
     def _on_state(self) -> None:
-        if self._peer.connectionState == "connected" and not self._joined:
+        if self._peer.connectionState == "connected" and not (self._joined or self._closed):
+            if self._room.reason is not None:
+                self._spawn(self.hang_up("closed"))
+                return
             self._joined = True  # not before: what was put earlier would come late, and all at once
             self._room.join(self)
             self._spawn(self._notice_silence())

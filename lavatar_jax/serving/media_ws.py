@@ -141,7 +141,8 @@ async def serve_socket(socket: WebSocket, name: str, sessions: Sessions, speech:
     height, width = sessions.size
     video = {"codec": H264_PROFILE, "width": width, "height": height, "fps": sessions.fps, "format": "annexb"}
     audio = {"format": "pcm16", "sample_rate": 16_000, "channels": 1}
-    await socket.send_text(json.dumps({"type": "stream.config", "video": video, "audio": audio}))
     controls = room.may_control(token)
     verbs = Verbs(room, speech, controls=controls)
-    await Socket(socket, room, verbs, controls=controls, dropped=sessions.metrics.dropped_frames).run()
+    connection = Socket(socket, room, verbs, controls=controls, dropped=sessions.metrics.dropped_frames)
+    connection.tell(json.dumps({"type": "stream.config", "video": video, "audio": audio}))
+    await connection.run()  # joins before anything is waited for: until then it does not count
