@@ -42,6 +42,18 @@ class ApiError(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+def check_text(name: str, text: object, most: int) -> str:
+    """What a client calls a text. Raises ApiError, also for half a character: JSON can say it
+    ("\\ud83d"), but neither programs nor answers take it."""
+    if not isinstance(text, str) or not 0 < len(text.strip()) <= most:
+        raise ApiError(422, "invalid", f"{name}: give 1 to {most} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(422, "invalid", f"{name}: it holds half a character (of a surrogate pair)") from None
+    return text
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about any exception. What nobody foresaw is logged under an id, and only the id
     is told."""

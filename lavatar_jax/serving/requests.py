@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from lavatar_jax.serving.config import Limits
-from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.errors import ApiError, check_text
 from lavatar_jax.serving.faces import Face
 from lavatar_jax.serving.room import MODES
 from lavatar_jax.serving.sessions import Wish
@@ -60,9 +60,7 @@ async def read_wish(
     """What a new session is to be; the uploaded file, if any; who consents. Raises ApiError."""
     refuse_unknown(fields, FIELDS, "a session")
     options = _options(fields.get("options"), tts)
-    prompt = fields.get("prompt", "a person talking")
-    if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= limits.prompt_chars:
-        raise ApiError(422, "invalid", f"prompt: give 1 to {limits.prompt_chars} characters")
+    prompt = check_text("prompt", fields.get("prompt", "a person talking"), limits.prompt_chars)
     name = fields.get("consent_name")
     if name is not None and not (isinstance(name, str) and len(name) <= 100):
         raise ApiError(422, "invalid", "consent_name: at most 100 characters")

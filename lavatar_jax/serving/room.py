@@ -20,7 +20,7 @@ from lavatar_jax.serving.broadcast import Broadcast
 from lavatar_jax.serving.config import ServerConfig
 from lavatar_jax.serving.connection import Connection
 from lavatar_jax.serving.encoder import Encoder
-from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.errors import ApiError, check_text
 from lavatar_jax.serving.metrics import Metrics
 from lavatar_jax.serving.playout import Playout, Sent
 from lavatar_jax.serving.recording import Recording
@@ -239,9 +239,7 @@ class Room:
     # ---- what can be asked -----------------------------------------------------------------------------
 
     def set_prompt(self, prompt: object) -> None:
-        if not isinstance(prompt, str) or not 0 < len(prompt.strip()) <= self._config.limits.prompt_chars:
-            most = self._config.limits.prompt_chars
-            raise ApiError(422, "invalid", f"prompt: give 1 to {most} characters")
+        prompt = check_text("prompt", prompt, self._config.limits.prompt_chars)
         self.session.set_prompt(prompt)
         self.prompt, self.voice.active = prompt, time.monotonic()
         self.tell({"type": "prompt.updated", "prompt": prompt})

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from lavatar_jax.models.speech_level import normalise_level
 from lavatar_jax.serving.config import Limits
-from lavatar_jax.serving.errors import ApiError
+from lavatar_jax.serving.errors import ApiError, check_text
 from lavatar_jax.serving.room import Room
 from lavatar_jax.serving.tts import TextToSpeech
 from lavatar_jax.serving.uploads import decode_sound
@@ -40,8 +40,7 @@ class Speech:
         it was interrupted before it began. Raises ApiError, at once where the request is wrong."""
         if self.tts is None:
             raise ApiError(501, "not_available", "There is no text-to-speech on this server.")
-        if not isinstance(text, str) or not 0 < len(text.strip()) <= self.limits.text_chars:
-            raise ApiError(422, "invalid", f"text: give 1 to {self.limits.text_chars} characters")
+        text = check_text("text", text, self.limits.text_chars)
         if voice is None:
             voice = room.identity.voice or self.tts.voices[0]
         make = partial(self._synthesise, self.tts, text, check_voice(self.tts, voice))

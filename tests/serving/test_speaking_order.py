@@ -110,6 +110,25 @@ def test_a_socket_is_obeyed_while_a_text_is_being_made(tts: SlowTts, said: tuple
         assert not lengths
 
 
+def test_half_a_character_is_refused(tts: SlowTts, served: Served) -> None:
+    """JSON can say it, and neither files nor answers can."""
+    session, half = served.open(), {"Content-Type": "application/json"}
+    for method, below, name in (("POST", "/speak", "text"), ("PATCH", "", "prompt")):
+        headers = half | session.bearer()
+        answer = served.client.request(
+            method, session.path + below, content=f'{{"{name}": "hi \\ud83d"}}', headers=headers
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid")
+    with session.stream() as raw:
+        raw.send_text('{"type": "agent.say", "text": "hi \\ud83d", "event_id": 1}')
+        refused = Socket(raw).event("error")
+        assert (refused["error"]["code"], refused["event_id"]) == ("invalid", 1)
+    assert session.request("POST", "/speak", json={"text": "hi \U0001f600"}).status_code == 202  # both halves
+    assert tts.begun == ["hi \U0001f600"]
+    answer = served.client.post("/v1/sessions", content='{"prompt": "\\ud83d"}', headers=half)
+    assert answer.status_code == 422
+
+
 def test_texts_go_with_who_sent_them(tts: SlowTts, said: tuple[Session, list[int]]) -> None:
     session, lengths = said
     with session.stream() as raw:
