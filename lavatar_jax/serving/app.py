@@ -71,6 +71,7 @@ def create_app(host: SessionHost, config: ServerConfig, extras: Extras | None = 
         watching.cancel()
         await starting
         await sessions.stop()
+        speech.close()
 
     app = FastAPI(
         title="lavatar_jax live",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,14 +20,20 @@ from lavatar_jax.serving.uploads import decode_sound
 
 Samples = Float[np.ndarray, " n"]
 WAITING = 16  # texts and files of one session
+AT_ONCE = 2  # programs that speak, and as many files that are decoded
 
 
 class Speech:
-    """`level`: bring recordings to the loudness that the model knows."""
+    """`level`: bring recordings to the loudness that the model knows.
+
+    Work is done in threads of its own, so that who talks much keeps nobody from opening a session. A thread
+    is busy until its program has ended, also when nobody waits for it any more.
+    """
 
     def __init__(self, tts: TextToSpeech | None, limits: Limits, *, level: bool) -> None:
         self.tts, self.limits, self._level = tts, limits, level
-        self._programs = asyncio.Semaphore(2)  # that run at once
+        self._programs = ThreadPoolExecutor(AT_ONCE, "text to speech")
+        self._decoders = ThreadPoolExecutor(AT_ONCE, "decoding")
 
     def about(self) -> dict[str, object]:
         """As clients see it."""
@@ -43,16 +50,22 @@ class Speech:
         text = check_text("text", text, self.limits.text_chars)
         if voice is None:
             voice = room.identity.voice or self.tts.voices[0]
-        make = partial(self._synthesise, self.tts, text, check_voice(self.tts, voice))
-        return self._in_turn(room, room.voice.turn, make)
+        make = partial(self.tts.speak, text, check_voice(self.tts, voice))
+        return self._in_turn(room, room.voice.turn, self._programs, make)
 
     def play(self, room: Room, file: bytes) -> Coroutine[Any, Any, float]:
         """Says a recording, as `say` does a text."""
-        return self._in_turn(room, room.voice.turn, partial(asyncio.to_thread, self.normalised, file))
+        return self._in_turn(room, room.voice.turn, self._decoders, partial(self.normalised, file))
 
-    async def _in_turn(self, room: Room, turn: asyncio.Lock, make: Callable[[], Awaitable[Samples]]) -> float:
+    async def _in_turn(
+        self, room: Room, turn: asyncio.Lock, threads: ThreadPoolExecutor, make: Callable[[], Samples]
+    ) -> float:
         """`turn`: the room's when this was asked for; who waits for it gets it in that order."""
         voice = room.voice
+
+        def made() -> Samples | None:
+            return make() if voice.turn is turn else None  # it may have waited for a thread until too late
+
         if voice.making >= WAITING:
             raise ApiError(429, "rate_limited", "Too much waits to be said; try again later.", retry_after=5)
         voice.making += 1
@@ -60,15 +73,16 @@ class Speech:
             async with turn:
                 if voice.turn is not turn:
                     return 0.0
-                samples = await make()
+                samples = await asyncio.get_running_loop().run_in_executor(threads, made)
                 room.check_open()
-                return voice.speak(samples) if voice.turn is turn else 0.0
+                return 0.0 if samples is None or voice.turn is not turn else voice.speak(samples)
         finally:
             voice.making -= 1
 
-    async def _synthesise(self, tts: TextToSpeech, text: str, voice: str) -> Samples:
-        async with self._programs:
-            return await asyncio.to_thread(tts.speak, text, voice)
+    def close(self) -> None:
+        """Begins nothing more."""
+        for threads in (self._programs, self._decoders):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def normalised(self, data: bytes) -> Samples:
         """A recording as it is pushed; blocks. Raises ApiError."""

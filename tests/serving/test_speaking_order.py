@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,6 +141,57 @@ def test_texts_go_with_who_sent_them(tts: SlowTts, said: tuple[Session, list[int
     wait_for(lambda: session.room.voice.making == 0)
     tts.go.set()
     assert not lengths
+
+
+def test_two_programs_at_once_whoever_goes(tts: SlowTts, served: Served) -> None:
+    """A thread cannot be ended: who goes, or interrupts, does not make room for another program."""
+    session, other = served.open(), served.open()
+    for _ in range(3):
+        with session.stream() as raw:
+            Socket(raw).say(type="agent.say", text="slow text")
+            wait_for(lambda: session.room.voice.making == 1)
+            time.sleep(0.2)
+        wait_for(lambda: session.room.voice.making == 0)
+    assert tts.begun == ["slow text"] * 2
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(other.request, "POST", "/speak", json={"text": "nobody waits for it"})
+        wait_for(lambda: other.room.voice.making == 1)
+        assert other.request("POST", "/interrupt").status_code == 204
+        tts.go.set()
+        assert late.result().json()["seconds"] == 0
+    assert tts.begun == ["slow text"] * 2
+
+
+def test_what_takes_long_to_make_keeps_nobody_from_opening_a_session(
+    tts: SlowTts, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = threading.Event()
+
+    def decode(data: bytes, longest: float) -> np.ndarray:
+        decoding.set()
+        assert tts.go.wait(20)
+        return np.zeros(1600, np.float32)
+
+    monkeypatch.setattr(speech, "decode_sound", decode)
+
+    async def few_threads() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+
+    served.call(few_threads)
+    first = served.open()
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(first.request, "POST", "/speak", json={"text": "slow text"})
+        wait_for(lambda: tts.begun)
+        opened = pool.submit(served.open)
+        try:
+            file = pool.submit(opened.result(5).request, "POST", "/speak", files={"audio": ("a", wav(0.1))})
+            assert decoding.wait(5)
+            assert pool.submit(opened.result().request, "DELETE").result(5).status_code == 204
+            assert pool.submit(served.open).result(5)
+        finally:
+            tts.go.set()
+        assert text.result().status_code == 202
+        assert file.result().status_code == 404  # its session has ended
 
 
 def test_so_many_texts_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
