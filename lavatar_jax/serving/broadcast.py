@@ -33,7 +33,7 @@ class Broadcast:
         name: str,
         block_seconds: float,
         on_end: Callable[[], None],
-        on_recording_failed: Callable[[str], None],
+        on_recording_failed: Callable[[Recording, str], None],
     ) -> None:
         self.recording: Recording | None = None
         self.parts_ms: dict[str, float] = {}  # where the time of the last block went
@@ -91,7 +91,7 @@ class Broadcast:
             try:
                 recording.write(moments)
             except UserError as error:
-                self._call(self._on_recording_failed, str(error))
+                self._call(self._on_recording_failed, recording, str(error))
 
     def _measure(self, block: SpokenBlock, encoded: float, waits: float) -> None:
         """`encoded`: seconds that it took. `waits`: seconds until its first frame is sent."""

@@ -95,6 +95,7 @@ class Room:
         self._spoke_at = 0.0
         self._completing = threading.Lock()
         self._recorded = 0  # files
+        self._telling: set[asyncio.Task[None]] = set()
         self._speaking_until: float | None = None
         self._sent_at: deque[float] = deque(maxlen=2 * fps)
         self._broadcast = Broadcast(
@@ -304,9 +305,18 @@ class Room:
                 if recording is not self.recording:  # the next one has begun, and nobody can ask for it
                     recording.path.unlink(missing_ok=True)
 
-    def _recording_failed(self, message: str) -> None:
+    def _recording_failed(self, recording: Recording, message: str) -> None:
         log.warning("recording failed: %s", message, extra={"session": self.identity.id})
-        self.tell({"type": "recording.failed", "error": {"code": "not_available", "message": message}})
+        telling = asyncio.get_running_loop().create_task(self._tell_failed(recording, message))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    async def _tell_failed(self, recording: Recording, message: str) -> None:
+        """Once it is signed: who is told may ask for it at once."""
+        await asyncio.to_thread(self._complete, recording)
+        if recording is self.recording:
+            error = {"code": "not_available", "message": message}
+            self.tell({"type": "recording.failed", "error": error})
 
     # ---- the end ---------------------------------------------------------------------------------------
 
@@ -339,7 +349,7 @@ class Room:
             goodbyes = (asyncio.wait_for(connection.hang_up(code), 2.0) for connection in leaving)
             await asyncio.gather(*goodbyes, return_exceptions=True)  # some may be gone already
             self._playing.cancel()
-            await completing
+            await asyncio.gather(completing, *self._telling)
         finally:
             self.gone.set()
 

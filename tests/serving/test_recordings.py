@@ -18,7 +18,7 @@ import av
 
 from lavatar_jax.serving import recording, room
 from lavatar_jax.serving.routes_sessions import recorded
-from tests.serving.conftest import Served, wait_for
+from tests.serving.conftest import Served, serving, wait_for
 from tests.serving.sockets import Socket
 
 
@@ -137,6 +137,22 @@ def test_a_recording_that_is_still_being_completed_is_waited_for(
 def frames_of(data: bytes) -> int:
     with av.open(io.BytesIO(data)) as file:
         return sum(1 for _ in file.decode(video=0))
+
+
+@pytest.mark.parametrize("limit", [{"recording_seconds": 0.5}, {"recording_bytes": 2000}])
+def test_a_recording_that_is_as_long_as_it_may_be_is_signed_before_it_is_told(
+    tmp_path: Path, limit: dict[str, float]
+) -> None:
+    """Its client asks for it at once."""
+    with serving(tmp_path, limits=limit) as served:
+        session = served.open()
+        session.room._sign = lambda path: (time.sleep(0.5), path.write_bytes(b"signed"))
+        with session.stream() as raw:
+            socket = Socket(raw)
+            assert session.request("POST", "/recording").status_code == 201
+            assert "as long as it may be" in socket.event("recording.failed")["error"]["message"]
+            assert session.room.recording.signed
+            assert session.request("GET", "/recording").content == b"signed"
 
 
 def test_a_full_disk_ends_the_recording_and_nothing_else(
