@@ -231,8 +231,10 @@ class Call:
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         try:
             while True:
-                frame = await track.recv()
-                for part in resampler.resample(frame):  # type: ignore[arg-type]
+                frame: Any = await track.recv()
+                if not self._room.voice.admits(frame.samples / frame.sample_rate):
+                    continue
+                for part in resampler.resample(frame):
                     self._room.voice.microphone(part.to_ndarray()[0].astype(np.float32))
         except MediaStreamError:
             self._room.voice.microphone_stopped()

@@ -116,8 +116,11 @@ class Socket:
         try:
             if not self.controls:
                 raise ApiError(403, "viewer_only", "Viewers can only watch.")
-            if self._resampler is None or self._resampler.rate != self._verbs.microphone_rate:
-                self._resampler = Resampler(self._verbs.microphone_rate)
+            rate = self._verbs.microphone_rate
+            if not self._room.voice.admits(len(data) / 2 / rate):
+                return
+            if self._resampler is None or self._resampler.rate != rate:
+                self._resampler = Resampler(rate)
             self._room.voice.microphone(self._resampler(pcm16(data)))
         except ApiError as error:
             self._verbs.malformed()

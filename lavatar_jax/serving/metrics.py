@@ -50,6 +50,9 @@ class Metrics:
         self.held = counter("held_blocks", "Blocks that were late, and covered by the last frame")
         self.frames = counter("frames", "Frames played out")
         self.dropped_frames = counter("dropped_frames", "Frames that a slow client did not get")
+        self.dropped_microphone = counter(
+            "dropped_microphone_seconds", "Microphone that came faster than anybody speaks"
+        )
         self.refused = Counter("lavatar_refused", "Creations that were refused", ["code"], registry=registry)
         self.closed = Counter("lavatar_closed_sessions", "Sessions that ended", ["code"], registry=registry)
         self.recompiles = counter("recompiles", "Programs compiled after the server was ready")

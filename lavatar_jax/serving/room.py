@@ -85,6 +85,7 @@ class Room:
         self.voice = Voice(
             session, level=level and identity.level, longest=config.limits.sound_seconds,
             on_done=lambda: self.tell({"type": "agent.speak_done"}),
+            on_dropped=metrics.dropped_microphone.inc,
         )  # fmt: skip
         self._size, self._fps = (encoder.video.height, encoder.video.width), fps
         self._config, self._metrics, self._folder, self._sign = config, metrics, recordings, sign

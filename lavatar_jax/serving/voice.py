@@ -24,6 +24,8 @@ from lavatar_jax.serving.level import RunningLevel
 Samples = Float[np.ndarray, " n"]
 AHEAD = 30.0  # seconds of sent speech that the session itself holds; it has room for twice as much
 LATE = 0.25  # seconds of microphone that may wait; beyond it, its silence is left out
+FASTER, BURST = 2.0, 5.0  # than it is spoken, a microphone may come; and seconds of it at once
+SHORTEST = 0.001  # seconds that a piece counts for at least: each is work, however short
 PIECES_STOP = 2.0  # without a new piece for so long, pieced speech has ended
 
 
@@ -31,8 +33,9 @@ class Voice:
     """Feeds a session. For the event loop's thread.
 
     `level`: bring sound to the loudness that the model knows. `on_done`: all that was sent has been handed
-    on. `turn`: held while speech is being made, which takes time, so that what was asked for first is said
-    first; an interruption puts a new one in its place, by which its holder knows that nobody waits any more.
+    on. `on_dropped`: so many seconds of a microphone came too fast. `turn`: held while speech is being made,
+    which takes time, so that what was asked for first is said first; an interruption puts a new one in its
+    place, by which its holder knows that nobody waits any more.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Voice:
         level: bool,
         longest: float,
         on_done: Callable[[], None] = lambda: None,
+        on_dropped: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.muted = False
         self.echo = True
@@ -50,8 +54,11 @@ class Voice:
         self.making = 0  # texts and files that have or want a turn
         self.microphone_level = RunningLevel()
         self._session, self._level, self._longest, self._on_done = session, level, longest, on_done
+        self._on_dropped = on_dropped
+        self._allowed, self._allowed_at = BURST, time.monotonic()  # seconds of a microphone, and since when
         self._pieces_level = RunningLevel()
         self._waiting: deque[Samples] = deque()
+        self._samples = 0  # in them
         self._open_until = 0.0  # more pieces are announced
         self._sending: asyncio.Task[None] | None = None
         self._listening = False
@@ -59,7 +66,19 @@ class Voice:
     @property
     def queued(self) -> float:
         """Seconds that wait to be said."""
-        return sum(map(len, self._waiting)) / SAMPLE_RATE + self._session.queued_seconds
+        return self._samples / SAMPLE_RATE + self._session.queued_seconds
+
+    def admits(self, seconds: float) -> bool:
+        """Whether a piece of a microphone may be worked on: all sessions share one thread for that, so what
+        comes faster than anybody speaks, also over several connections, is dropped before."""
+        now = time.monotonic()
+        self._allowed = min(BURST, self._allowed + FASTER * (now - self._allowed_at))
+        self._allowed_at = now
+        if max(seconds, SHORTEST) > self._allowed:
+            self._on_dropped(seconds)
+            return False
+        self._allowed -= max(seconds, SHORTEST)
+        return True
 
     def microphone(self, samples: Samples) -> None:
         """Mono, 16 kHz, as it is spoken."""
@@ -84,21 +103,26 @@ class Voice:
     def speak(self, samples: Samples, *, more: bool = False) -> float:
         """Says a whole utterance, or a piece of one (`more` follow, at any loudness). Returns its seconds.
 
-        Raises ApiError when too much waits already.
+        Nothing is said of an empty one. Raises ApiError when too much waits already.
         """
+        if not len(samples):
+            return 0.0
         self.active = time.monotonic()
         if self.queued + len(samples) / SAMPLE_RATE > self._longest:
             raise ApiError(413, "too_large", f"More than {self._longest:.0f} s of speech would wait.")
+        seconds = len(samples) / SAMPLE_RATE
         samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
         if more and self._level:
             samples = self._pieces_level(samples)
-        self._waiting.append(samples)
+        if len(samples):  # levelled, a short one may be empty: it comes with the next
+            self._waiting.append(samples)
+            self._samples += len(samples)
         self._open_until = time.monotonic() + PIECES_STOP if more else 0.0
         if self._sending is None:
             if self._listening:
                 self._session.end_of_speech()
             self._sending = asyncio.get_running_loop().create_task(self._send())
-        return len(samples) / SAMPLE_RATE
+        return seconds
 
     def speak_end(self) -> None:
         """No more pieces follow."""
@@ -109,6 +133,7 @@ class Voice:
         self.active = time.monotonic()
         self.turn = asyncio.Lock()
         self._waiting.clear()
+        self._samples = 0
         self._open_until = 0.0
         self._session.interrupt()
 
@@ -122,6 +147,7 @@ class Voice:
                     now, later = np.split(piece, [SAMPLE_RATE * 5])
                     if len(later):
                         self._waiting.appendleft(later)
+                    self._samples -= len(now)
                     self._push(now)
                     told = False
                 more = time.monotonic() < self._open_until
