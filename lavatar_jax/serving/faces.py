@@ -38,7 +38,7 @@ class Face:
 
 
 def load_faces(folder: Path | None = None) -> dict[str, Face]:
-    """By id, the bundled ones first. Raises UserError for a folder without pictures."""
+    """By id, the bundled ones first. Raises UserError for a folder without pictures, or two of one id."""
     bundled = [BUNDLED / "face.png", *sorted((BUNDLED / "faces").glob("*.png"))]
     own = []
     if folder is not None:
@@ -47,9 +47,14 @@ def load_faces(folder: Path | None = None) -> dict[str, Face]:
             raise UserError(
                 f"{folder}: there is no picture in it; give a folder with PNG, JPEG or WebP files"
             )
-    faces: dict[str, Face] = {}
-    for face in (*map(_load_once, bundled), *map(_load, own)):
-        faces.setdefault(face.id, face)
+    faces = {face.id: face for face in map(_load_once, bundled)}
+    named: dict[str, str | Path] = dict.fromkeys(faces, "a face that comes with lavatar_jax")
+    for path in own:
+        face = _load(path)
+        if face.id in faces:
+            where = named[face.id]
+            raise UserError(f"{path}: its id would be {face.id}, which {where} has already; rename the file")
+        faces[face.id], named[face.id] = face, path
     return faces
 
 

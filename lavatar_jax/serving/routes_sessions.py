@@ -139,6 +139,8 @@ async def speak(request: Request, room: OwnRoom) -> JSONResponse:
     room.check_open()
     fields = await read_fields(request)
     refuse_unknown(fields, {"text", "voice", "audio"}, "speech")
+    if "audio" in fields and "text" in fields:
+        raise ApiError(422, "invalid", "give a text or audio, not both")
     if "audio" not in fields:
         seconds = await found.speech.say(room, fields.get("text"), fields.get("voice"))
     elif not isinstance(fields["audio"], bytes):

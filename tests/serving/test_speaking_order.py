@@ -131,6 +131,16 @@ def test_half_a_character_is_refused(tts: SlowTts, served: Served) -> None:
     assert answer.status_code == 422
 
 
+def test_a_text_and_a_file_at_once_are_refused(tts: SlowTts, said: tuple[Session, list[int]]) -> None:
+    """Only one of them would be said."""
+    session, lengths = said
+    both = {"data": {"text": "short"}, "files": {"audio": ("a", wav(0.1))}}
+    answer = session.request("POST", "/speak", **both)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid")
+    assert not lengths
+    assert not tts.begun
+
+
 def test_texts_go_with_who_sent_them(tts: SlowTts, said: tuple[Session, list[int]]) -> None:
     session, lengths = said
     with session.stream() as raw:
