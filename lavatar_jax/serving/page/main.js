@@ -225,8 +225,7 @@ function setUpButtons() {
   document.addEventListener("keydown", key);
   microphone.onLevel = showLevel;
   microphone.onOpened = () => {
-    if (!session) return microphone.stop(); // nobody waits for it any more
-    session.microphoneChanged();
+    session?.microphoneChanged();
     showMicrophone();
   };
   microphone.onLost = () => {

@@ -11,6 +11,8 @@ const INSECURE =
 
 export class Microphone {
   #context = null;
+  #started = null; // what `start` returns, until `stop`
+  #stopped = new AbortController();
   #muted = false;
 
   track = null;
@@ -33,42 +35,56 @@ export class Microphone {
     if (this.track) this.track.enabled = !muted;
   }
 
-  // Asks for permission. Throws an Error whose message is to be shown.
-  async start() {
-    if (this.open) return;
+  // Asks for permission: once, however often it is called until `stop`. Throws an Error whose message is to be shown.
+  start() {
+    if (!this.#started) {
+      const stopped = (this.#stopped = new AbortController()).signal;
+      this.#started = this.#open(stopped).catch((problem) => {
+        if (stopped.aborted) return; // nobody waits for it any more
+        this.stop();
+        throw problem;
+      });
+    }
+    return this.#started;
+  }
+
+  async #open(stopped) {
     if (!navigator.mediaDevices) throw new Error(INSECURE);
     // The avatar's own voice must not come back through the microphone; loudness is the server's business.
     const wanted = { echoCancellation: true, noiseSuppression: true, autoGainControl: false };
-    let stream;
     try {
-      stream = await navigator.mediaDevices.getUserMedia({ audio: wanted });
+      const stream = await navigator.mediaDevices.getUserMedia({ audio: wanted });
+      const [track] = stream.getAudioTracks();
+      if (stopped.aborted) return track.stop();
+      this.track = track;
+      track.enabled = !this.#muted;
+      track.addEventListener("ended", () => {
+        this.stop();
+        this.onLost();
+      });
+      await this.#listen(stream);
     } catch (problem) {
       throw new Error(WORDS[problem.name] ?? `The microphone does not work (${problem.name}).`);
     }
-    this.track = stream.getAudioTracks()[0];
-    this.track.enabled = !this.#muted;
-    this.track.addEventListener("ended", () => {
-      this.stop();
-      this.onLost();
-    });
-    await this.#listen(stream);
-    this.onOpened();
+    if (!stopped.aborted) this.onOpened();
   }
 
   async #listen(stream) {
-    this.#context = new AudioContext();
-    this.rate = this.#context.sampleRate;
-    await this.#context.audioWorklet.addModule("/page/microphone-worklet.js");
-    const pieces = new AudioWorkletNode(this.#context, "pieces", { numberOfOutputs: 0 });
+    const context = (this.#context = new AudioContext()); // after `stop`, another one may be in its place
+    this.rate = context.sampleRate;
+    await context.audioWorklet.addModule("/page/microphone-worklet.js");
+    const pieces = new AudioWorkletNode(context, "pieces", { numberOfOutputs: 0 });
     pieces.port.onmessage = ({ data }) => {
       this.onLevel(this.#muted ? -Infinity : data.decibels);
       if (!this.#muted) this.onPiece(data.piece);
     };
-    this.#context.createMediaStreamSource(stream).connect(pieces);
-    await this.#context.resume();
+    context.createMediaStreamSource(stream).connect(pieces);
+    await context.resume();
   }
 
   stop() {
+    this.#stopped.abort(); // what the browser has yet to answer is not wanted any more
+    this.#started = null;
     this.track?.stop();
     this.track = null;
     this.#context?.close();
