@@ -89,11 +89,12 @@ export class Session {
         const { kept, microphone, screen: view } = this;
         const lost = () => this.#comeBack();
         const told = (event) => this.#event(event);
+        const seen = new Promise((resolve) => (this.#seen = resolve)); // a frame may come before `connect` is done
         const opened = await way.connect({ kept, microphone, view, told, lost });
         if (this.#over) return opened.close();
         this.#way = opened;
         const isLast = way === this.#ways.at(-1);
-        const isGood = isLast || (await this.#sees());
+        const isGood = isLast || (await Promise.race([seen, sleep(FIRST_FRAME)]));
         if (this.#way !== opened) return; // lost, or closed, meanwhile
         if (isGood) {
           this.#ways = [way, ...this.#ways.filter((other) => other !== way)];
@@ -107,14 +108,6 @@ export class Session {
       }
     }
     throw problem;
-  }
-
-  // Whether a frame comes.
-  #sees() {
-    return new Promise((resolve) => {
-      this.#seen = resolve;
-      setTimeout(resolve, FIRST_FRAME, false);
-    });
   }
 
   #watch(way) {

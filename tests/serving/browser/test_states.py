@@ -185,6 +185,42 @@ def test_a_line_that_falls_silent_is_replaced(page: Page, puppets: Make) -> None
     stop(page)
 
 
+# Of a connection the first frame is on the screen before the page has heard that its data channel is open; and the
+# page's patience for a first frame is 0.5 s from then on.
+FRAME_FIRST = """
+const isShown = () => document.getElementById("screen").dataset.shows === "video";
+const make = RTCPeerConnection.prototype.createDataChannel;
+RTCPeerConnection.prototype.createDataChannel = function (...about) {
+  const channel = make.apply(this, about);
+  const { get } = Object.getOwnPropertyDescriptor(RTCDataChannel.prototype, "readyState");
+  let late = false;
+  Object.defineProperty(channel, "readyState", { get: () => (late ? get.call(channel) : "connecting") });
+  const timer = setInterval(() => {
+    if (get.call(channel) !== "open" || !isShown()) return;
+    clearInterval(timer);
+    late = window.wasLate = true;
+    channel.dispatchEvent(new Event("open"));
+  }, 50);
+  return channel;
+};
+const later = window.setTimeout;
+window.setTimeout = (call, time, ...about) => later(call, time === 6000 ? 500 : time, ...about);
+"""
+
+
+def test_a_frame_before_the_data_channel_counts(page: Page, puppets: Make) -> None:
+    page.before_loading(FRAME_FIRST)
+    served = puppets()
+    begin(page, served)
+    page.wait("window.wasLate")
+    (before,) = served.room.connections
+    time.sleep(1.5)
+    page.evaluate("true")  # takes note of what was asked for
+    assert served.room.connections == [before]
+    assert not [url for url in page.requests if url.startswith("ws")]
+    stop(page)
+
+
 @pytest.mark.parametrize("media", ["webrtc", "ws"])
 def test_the_age_of_a_frame_on_the_screen(page: Page, puppets: Make, media: str) -> None:
     served = puppets(PuppetHost(stamped=True))
