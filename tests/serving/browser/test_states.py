@@ -185,8 +185,8 @@ def test_a_line_that_falls_silent_is_replaced(page: Page, puppets: Make) -> None
     stop(page)
 
 
-# Of a connection the first frame is on the screen before the page has heard that its data channel is open; and the
-# page's patience for a first frame is 0.5 s from then on.
+# The first frame is on the screen before the page hears that the data channel is open; from then on the page
+# waits for a first frame for 0.5 s only.
 FRAME_FIRST = """
 const isShown = () => document.getElementById("screen").dataset.shows === "video";
 const make = RTCPeerConnection.prototype.createDataChannel;
