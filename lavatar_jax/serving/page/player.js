@@ -1,7 +1,7 @@
 // Shows what comes over the WebSocket: pictures decoded by WebCodecs, sound by Web Audio, both on one clock.
 
 const STORE = 0.12; // seconds by which everything waits, so that late pieces are still in time
-const LONGEST = 0.6; // more is waiting after a pause of the network: catch up
+const LONGEST = 0.4; // more is waiting after a pause of the network: catch up; so much has room in MOST_FRAMES
 const WATCHED = 250; // pieces of sound and picture, 5 s: delay that none of them needed is given up
 const LOUD = 1e-4; // power: -40 dB, as for the server; of what is softer nobody misses 40 ms
 const MOST_FRAMES = 12; // decoded ones that may wait: decoders have no room for many more
