@@ -168,11 +168,11 @@ async function askForMicrophone() {
 }
 
 async function goOn(kept) {
-  session = newSession();
+  const resumed = (session = newSession());
   enter("opening");
   const permission = await navigator.permissions?.query({ name: "microphone" }).catch(() => null);
   if (permission?.state === "granted") await microphone.start().catch((problem) => notice(problem.message));
-  session.resume(kept);
+  if (session === resumed) session.resume(kept); // else it was cancelled meanwhile
 }
 
 const cancel = () => session?.close();

@@ -129,16 +129,17 @@ export class Player {
     this.#drawing = requestAnimationFrame(() => this.#draw());
     const heardNow = this.#now() - (this.blocked ? 0 : this.#sound.outputLatency || 0);
     let frame = null;
-    while (this.#frames.length && this.#pictures.get(this.#frames[0].timestamp).due <= heardNow) {
+    const due = (frame) => this.#pictures.get(frame.timestamp)?.due ?? 0;
+    while (this.#frames.length && due(this.#frames[0]) <= heardNow) {
       frame?.close();
       frame = this.#frames.shift();
     }
     if (!frame) return;
     this.canvas.getContext("2d").drawImage(frame, 0, 0, this.canvas.width, this.canvas.height);
-    const { arrived } = this.#pictures.get(frame.timestamp);
+    const arrived = this.#pictures.get(frame.timestamp)?.arrived;
     this.#pictures.forEach((_, timestamp) => timestamp <= frame.timestamp && this.#pictures.delete(timestamp));
     frame.close();
-    this.view.shown(performance.now() - arrived);
+    this.view.shown(arrived === undefined ? null : performance.now() - arrived);
   }
 
   close() {
