@@ -63,7 +63,7 @@ def _check_rollout(run: Any) -> None:
         )
     if not run.rollout.same_exit and (run.loss.below_exit or run.loss.above_next):
         raise UserError(
-            "--no-rollout.same-exit: blocks that leave at different steps have no common noise level, which "
+            "--rollout.no-same-exit: blocks that leave at different steps have no common noise level, which "
             "--loss.below-exit and --loss.above-next need"
         )
 
