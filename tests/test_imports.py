@@ -11,6 +11,7 @@ PACKAGE = "lavatar_jax"
 # What each part of the package may import of the rest. Prefixes of dotted names below the package.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "files": ("errors",),
     "config": ("errors",),
     "types": ("config",),
     "parallel": ("config", "errors"),
@@ -18,20 +19,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lora": ("config", "quant"),
     "diffusion": ("config",),
     "models": ("types", "config", "errors", "parallel", "quant", "lora"),
-    "data": ("types", "config", "errors", "models.logmel", "models.speech_level", "models.words"),
+    "data": ("types", "config", "errors", "files", "models.logmel", "models.speech_level", "models.words"),
     "evaluation": (
-        "types", "config", "errors", "data", "models", "inference.rollout", "inference.talk",
+        "types", "config", "errors", "files", "data", "models", "inference.rollout", "inference.talk",
     ),
-    "checkpoints": ("types", "config", "errors", "models", "lora", "quant", "parallel"),
+    "checkpoints": ("types", "config", "errors", "files", "models", "lora", "quant", "parallel"),
     "inference": (
-        "types", "config", "errors", "models", "diffusion", "checkpoints", "parallel", "quant", "lora",
+        "types", "config", "errors", "files", "models", "diffusion", "checkpoints", "parallel", "quant",
+        "lora",
     ),
     "training": (
-        "types", "config", "errors", "models", "diffusion", "data", "checkpoints", "evaluation", "parallel",
-        "lora", "quant", "inference.rollout", "inference.denoise",
+        "types", "config", "errors", "files", "models", "diffusion", "data", "checkpoints", "evaluation",
+        "parallel", "lora", "quant", "inference.rollout", "inference.denoise",
     ),
-    "serving": ("types", "config", "errors", "models", "diffusion", "checkpoints", "inference", "parallel"),
-    "cli": ("types", "config", "errors", "inference", "serving", "training"),
+    "serving": (
+        "types", "config", "errors", "files", "models", "diffusion", "checkpoints", "inference", "parallel",
+    ),
+    "cli": ("types", "config", "errors", "files", "inference", "serving", "training"),
 }  # fmt: skip
 
 

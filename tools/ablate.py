@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from lavatar_jax.evaluation.performance import (
 )
 from lavatar_jax.evaluation.probe import FaceProbe
 from lavatar_jax.evaluation.talking import Numbers, colour_numbers, identity_error, speech_numbers
+from lavatar_jax.files import write_text
 from lavatar_jax.models.avatar import Avatar
 
 MOMENTS = (10.0, 100.0, 1000.0, 10_000.0)  # seconds at which the colour error is read
@@ -159,9 +159,7 @@ def measured(file: Path, about: dict[str, Any], missing: Callable[[Numbers], Ite
     known: Numbers = kept["numbers"]
     for numbers in missing(known):
         known |= numbers
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(kept, indent=1))
-        os.replace(part, file)
+        write_text(file, json.dumps(kept, indent=1))
     return known
 
 
@@ -262,7 +260,7 @@ def main(arguments: list[str]) -> None:
                 bar.advance(task)
             jax.clear_caches()  # its programs serve no other variant, and a process can map only so many
     table = spread(results)
-    (options.out / "ablation.md").write_text(table)
+    write_text(options.out / "ablation.md", table)
     draw(results, options.out / "ablation.png")
     print(table)
 

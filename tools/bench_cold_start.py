@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.output import check_output
 
 PHASES = ("import", "prompt", "restore", "photo", "sound", "first block", "second block")
@@ -150,7 +151,7 @@ def main() -> None:
     print("Seconds, in brackets those of tracing and compiling:")
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

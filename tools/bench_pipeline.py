@@ -57,6 +57,7 @@ from lavatar_jax.checkpoints.store import load_model_folder
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.timeline import Bar, draw_timeline, read_profile
+from lavatar_jax.files import replacing, write_text
 from lavatar_jax.inference.output import check_output
 from lavatar_jax.inference.pipeline import Feed, Finished, Pipeline
 from lavatar_jax.inference.rollout import Draws, rollout
@@ -336,9 +337,8 @@ def run_mode(
     if options.timeline and devices == int(options.modes.split(",")[0]):
         own = "a decoder of its own" if layout.own_decoder else "the decoder on the last stage"
         image = timeline(video, layout.stages + 3, f"{layout.stages} stages and {own}: numbers are blocks")
-        temporary = options.timeline.with_suffix(".tmp.png")
-        image.save(temporary)
-        os.replace(temporary, options.timeline)
+        with replacing(options.timeline) as part:
+            image.save(part, "PNG")
     return report
 
 
@@ -381,7 +381,7 @@ def main(options: argparse.Namespace) -> None:
     )
     print(table(modes))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 def add_overlap(report: dict[str, Any], alone: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.cli import configure_jax, run
+from lavatar_jax.files import write_text
 
 configure_jax()  # before jax is imported
 
@@ -183,7 +184,7 @@ def main() -> int:
     if args.json:
         about = {"cores": os.cpu_count(), "python": platform.python_version()}
         about |= {"microphone": args.microphone, "parts": args.parts}
-        args.json.write_text(json.dumps({**about, "results": results}, indent=1))
+        write_text(args.json, json.dumps({**about, "results": results}, indent=1))
     return 0
 
 

@@ -35,6 +35,7 @@ from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.evaluation.capacity import dit_for
 from lavatar_jax.evaluation.devices import arithmetic_s
 from lavatar_jax.evaluation.flops import StreamShape, count_flops
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.denoise import init_rings, plan_block
 from lavatar_jax.inference.output import check_output
 from lavatar_jax.models.audio_encoder import encode_audio
@@ -313,7 +314,7 @@ def main() -> None:
         report["decoder"] = measure(decode, decoder, options.repeats)
     print_report(report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 def print_report(report: dict[str, Any]) -> None:

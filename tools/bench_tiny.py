@@ -25,6 +25,7 @@ START = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.cli import configure_jax, run
+from lavatar_jax.files import write_text
 
 configure_jax()  # before jax is imported
 
@@ -252,7 +253,7 @@ def main() -> None:
             "step": step,
             "jax": jax.__version__,
         }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.cli import run
 from lavatar_jax.config import RELEASE_TPP, DiTConfig, VAEConfig
+from lavatar_jax.files import replacing, write_text
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.vae import CausalVAE, make_vae
@@ -174,9 +174,8 @@ def plot(errors: dict[str, list[float]], path: Path) -> None:
         pen.line(points, fill=colour, width=3)
         above = points[-1][1] - 8 if name != "fp8, a scale per output" else points[-1][1] + 24
         pen.text((points[-1][0] - 4, above), name, fill=colour, font=font, anchor="rb")
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        image.save(part, "PNG")
 
 
 def main() -> None:
@@ -196,7 +195,7 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
     print(table(errors))
     if arguments.json:
-        arguments.json.write_text(json.dumps(errors, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(errors, indent=1) + "\n")
     if arguments.plot:
         plot(errors, arguments.plot)
 

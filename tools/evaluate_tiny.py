@@ -37,6 +37,7 @@ from lavatar_jax.evaluation.talking import (
     speech_numbers,
     vae_numbers,
 )
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.video import VideoWriter
 from lavatar_jax.models.avatar import Avatar, square_size
 
@@ -192,8 +193,8 @@ def main() -> int:
     numbers["megabytes"] = sum(path.stat().st_size for path in weights) / 1e6
 
     text = table(numbers)
-    (arguments.out / "report.md").write_text(text)
-    (arguments.out / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_text(arguments.out / "report.md", text)
+    write_text(arguments.out / "report.json", json.dumps(numbers, indent=2) + "\n")
     print(text)
     seconds = time.perf_counter() - started
     print(f"{arguments.out}: report.md, report.json, sheet.png, people.png, talk.mp4 ({seconds:.0f} s)")

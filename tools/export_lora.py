@@ -26,7 +26,8 @@ from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.checkpoints.tables_dit import DIT_RULES
 from lavatar_jax.cli import parse_options, run
 from lavatar_jax.config import DiTConfig
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import check_new, replacing, write_errors
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.finished import checked_average, lora_of
 from lavatar_jax.training.weights import abstract_weights
@@ -48,10 +49,7 @@ def _parameter(path: str, array: np.ndarray) -> Parameter:
 
 def export_lora(folder: Path, out: Path) -> int:
     """Write the averaged adapters of a run -> pairs. Raises UserError for what is no run with adapters."""
-    with write_errors(out):
-        exists = out.exists()
-    if exists:
-        raise UserError(f"{out} exists already; give another --out, or remove it")
+    check_new(out)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run of stage 1 or 2: {path} is missing")
@@ -65,14 +63,10 @@ def export_lora(folder: Path, out: Path) -> int:
     average = checked_average(folder, wanted)
     parameters = [_parameter(name, np.asarray(value)) for name, value in average.items()]
     tensors = list(adapter_tensors(parameters, DIT_RULES, adapters.alpha / adapters.rank))
-    temporary = out.with_name(out.name + ".partial")
     with write_errors(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(temporary, tensors)
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as part:
+        write_safetensors(part, tensors)
     return len(tensors) // 3
 
 

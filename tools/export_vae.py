@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from lavatar_jax.checkpoints.convert import export
 from lavatar_jax.checkpoints.tables_vae import VAE_RULES
 from lavatar_jax.cli import parse_options, run
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.files import check_new, replacing, write_errors
 from lavatar_jax.training.latents import load_vae
 
 
@@ -38,20 +38,13 @@ class Export:
 
 def export_vae(place: str, out: Path) -> int:
     """Write the VAE of a run or model folder -> tensors. Raises UserError for what has none."""
-    with write_errors(out):
-        exists = out.exists()
-    if exists:
-        raise UserError(f"{out} exists already; give another --out, or remove it")
+    check_new(out)
     config, vae = load_vae(place)
     tensors = export(vae, VAE_RULES[config.kind])
-    temporary = out.with_name(out.name + ".partial")
     with write_errors(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as part:
+        save_file(tensors, part)
     return len(tensors)
 
 

@@ -34,6 +34,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from lavatar_jax.cli import run
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.generate import SAMPLES
 from lavatar_jax.inference.sound import read_sound
 from lavatar_jax.serving.media_webrtc import offer_loopback
@@ -194,7 +195,7 @@ def main() -> int:
     found |= {"cores": os.cpu_count(), "python": platform.python_version()}
     print(json.dumps(found, indent=1))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        write_text(args.json, json.dumps(found, indent=1))
     if "interrupted_after_seconds" in found:
         after = found["interrupted_after_seconds"]
         print(f"interrupted after {after} s of {args.seconds:g} s: that is all so far", file=sys.stderr)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import os
 import platform
 import re
 import sys
@@ -21,6 +20,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lavatar_jax.files import write_text
 from tools.check_parity import Result, find_check, run_case
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
@@ -81,9 +81,7 @@ def main() -> int:
     insert(document, "")  # fail before the work, not after it
     jax.config.update("jax_default_matmul_precision", "highest")
     results = [run_case(folder) if find_check(folder.name) else None for folder in arguments.cases]
-    temporary = arguments.into.with_suffix(".tmp")
-    temporary.write_text(insert(document, table(arguments.cases, results)))
-    os.replace(temporary, arguments.into)
+    write_text(arguments.into, insert(document, table(arguments.cases, results)))
     return 0 if all(result is None or result.passed for result in results) else 1
 
 

@@ -32,6 +32,7 @@ from lavatar_jax.evaluation.capacity import (
 )
 from lavatar_jax.evaluation.devices import GPUS, Calibration, from_measurement, gpu
 from lavatar_jax.evaluation.paper import PAPER_ROWS, against_paper
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.output import check_output
 from lavatar_jax.parallel import layout_for
 
@@ -253,7 +254,7 @@ def main() -> None:
         text, report = describe(plan, options.fps), as_json(plan)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

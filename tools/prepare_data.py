@@ -38,8 +38,9 @@ from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.records import file_name
-from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter, write_text
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_errors, write_text
 from tools.real_clips import CRASHED, Interrupted, Job, Outcome, cut_video, start_worker
 from tools.real_sources import NO_CAPTION, VIDEOS, Source, find_sources, read_caption
 

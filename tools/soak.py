@@ -33,6 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lavatar_jax.checkpoints.store import load_model_folder
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.generate import SAMPLES
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_host import SessionHost
@@ -184,7 +185,7 @@ def main() -> int:
     if args.json:
         versions = {"jax": jax.__version__, "python": platform.python_version()}
         about = {"model": args.model, "live": args.live, "cores": os.cpu_count(), **versions}
-        args.json.write_text(json.dumps({**about, **found, "checks": checks, "marks": marks}, indent=1))
+        write_text(args.json, json.dumps({**about, **found, "checks": checks, "marks": marks}, indent=1))
     return 0 if all(checks.values()) else 1
 
 

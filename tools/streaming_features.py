@@ -32,6 +32,7 @@ from lavatar_jax.checkpoints.orbax_store import restore_component
 from lavatar_jax.checkpoints.store import load_config, model_folder
 from lavatar_jax.data.speech import recording
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 from lavatar_jax.inference.sound import load_sound
 from lavatar_jax.inference.speech_features import hidden_states, pick, resample, video_indices
 from lavatar_jax.inference.speech_stream import FRAME, SAMPLE_RATE, Wav2Vec2Stream, Wav2Vec2StreamConfig
@@ -220,9 +221,7 @@ def main() -> None:
             "seconds": seconds,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-        temporary.replace(options.json)
+        write_text(options.json, json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

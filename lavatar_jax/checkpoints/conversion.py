@@ -41,7 +41,8 @@ from lavatar_jax.checkpoints.sources import LazyTensors, SafetensorsFile
 from lavatar_jax.checkpoints.store import config_to_json
 from lavatar_jax.checkpoints.stream_write import Output, write_output
 from lavatar_jax.config import RELEASE_TPP, SamplingConfig
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import check_new, write_errors
 
 JOURNAL = "journal.jsonl"
 
@@ -108,10 +109,7 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
     conversion of another task.
     """
     progress = progress or Silent()
-    with write_errors(task.out):
-        exists = task.out.exists()
-    if exists:
-        raise UserError(f"{task.out} exists already; give another --out, or remove it")
+    check_new(task.out)
     prepared = prepare(task, open_pickle)
     for plan in prepared.plans.values():
         plan.check()

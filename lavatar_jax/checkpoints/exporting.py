@@ -26,7 +26,8 @@ from lavatar_jax.checkpoints.published import FILES, RULES, SPEECH, TOKENIZER, d
 from lavatar_jax.checkpoints.sources import DTYPES, SafetensorsFile
 from lavatar_jax.checkpoints.store import DIT, VAE, is_converted, load_config, model_folder
 from lavatar_jax.checkpoints.tables_vae import VAE_RULES
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import check_new, write_errors
 from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.wav2vec2 import Wav2Vec2Config
 
@@ -67,10 +68,7 @@ def export_folder(name: str | Path, out: Path, *, shard_bytes: int = SHARD_BYTES
     Raises UserError if `out` is there already or cannot be written, the disk is too small, or the folder is
     damaged; nothing is left behind then.
     """
-    with write_errors(out):
-        exists = out.exists()
-    if exists:
-        raise UserError(f"{out} exists already; give another --out, or remove it")
+    check_new(out)
     folder = model_folder(name)
     config = load_config(folder)
     files = _files(folder, config)

@@ -26,7 +26,8 @@ from safetensors.numpy import load_file, save_file
 
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.config import VAEConfig
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import replacing, write_errors
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.umt5 import UMT5Encoder
@@ -75,9 +76,8 @@ def save_params(path: Path, model: Any, dtype: Any = np.float16) -> None:
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in param_paths(model).items()}
     if dtype is not None:
         tensors = {name: t.astype(dtype) if t.dtype.kind == "f" else t for name, t in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        save_file(tensors, part)
 
 
 def load_params(path: Path, make: Callable[[], Model], dtype: Any = jnp.float32) -> Model:

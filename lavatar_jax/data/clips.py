@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from lavatar_jax.data.batches import EPOCHS, Batches, stacked
 from lavatar_jax.data.faces import random_training_frames
 from lavatar_jax.data.made_with import check_rendering, write_note
 from lavatar_jax.data.shards import RENDERED
+from lavatar_jax.files import write_text
 
 WEIGHT_STEP = 1 / 16  # loss weights are stored as bytes in this unit, every 4th pixel
 WEIGHT_STRIDE = 4
@@ -117,9 +117,7 @@ class ClipArrays:
         """Everything before row `rows` is filled."""
         for array in self.arrays.values():
             array.flush()
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(str(rows))
-        os.replace(temporary, self._file)
+        write_text(self._file, str(rows))
         self.done = rows
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavatar_jax.data.shards import RENDERED, write_text
+from lavatar_jax.data.shards import RENDERED
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 
 
 def write_note(path: Path, options: Mapping[str, Any]) -> None:

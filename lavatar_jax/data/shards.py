@@ -26,6 +26,7 @@ from array_record.python import array_record_module
 
 from lavatar_jax.data.records import Record, decode_record, encode_record, shapes
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 
 OPTIONS = "group_size:1"
 MANIFEST, DATASET = "manifest.jsonl", "dataset.json"
@@ -99,14 +100,6 @@ def stored_records(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Ite
             yield decode_record(reader.read([row["offset"]])[0])
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare the data again") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically. Raises UserError."""
-    part = path.with_name(f".{path.name}.part")
-    with _write_errors(path):
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
 
 
 class ShardWriter:

@@ -4,7 +4,6 @@ Held-out recordings use voices *and* sentences that training recordings never co
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from scipy.signal import resample_poly
 
 from lavatar_jax.data.sentences import HELDOUT_SENTENCES, TRAINING_SENTENCES
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import replacing
 from lavatar_jax.models.speech_level import normalise_level
 
 Samples = NDArray[np.float32]
@@ -98,14 +98,12 @@ def read_wav(path: Path) -> Samples:
 
 
 def write_wav(path: Path, samples: Samples) -> None:
-    """Writes mono float32 at 16 kHz as 16-bit PCM, never half a file."""
-    temporary = path.with_name(path.name + ".part")
-    with wave.open(str(temporary), "wb") as file:
+    """Writes mono float32 at 16 kHz as 16-bit PCM, never half a file. Raises UserError."""
+    with replacing(path) as part, wave.open(str(part), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2").tobytes())
-    os.replace(temporary, path)
 
 
 def synthesize(text: str, voice: Voice, seed: int = 0, *, cache: Path | None = None) -> Samples:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
+
+from lavatar_jax.files import replacing
 
 LABEL_HEIGHT = 14
 GAP = 2
@@ -44,8 +45,6 @@ def contact_sheet(rows: Sequence[tuple[str, ArrayLike]], *, scale: int = 1) -> I
 
 
 def save_sheet(rows: Sequence[tuple[str, ArrayLike]], path: Path, *, scale: int = 1) -> None:
-    """Writes `contact_sheet` as PNG, never half a file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    contact_sheet(rows, scale=scale).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    """Writes `contact_sheet` as PNG, never half a file. Raises UserError."""
+    with replacing(Path(path)) as part:
+        contact_sheet(rows, scale=scale).save(part, format="PNG")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import replacing, temporary_name, write_errors
 
 
 def check_output(path: str | Path, suffix: str) -> Path:
@@ -29,17 +30,7 @@ def check_output(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the same folder, so that renaming it to `path` is atomic."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def write_png(path: Path, image: np.ndarray) -> None:
     """Saves uint8 [H, W, 3], atomically. Raises UserError."""
-    part = temporary_name(path)
-    try:
-        with write_errors(path):
-            Image.fromarray(image).save(part, format="PNG")
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        Image.fromarray(image).save(part, format="PNG")

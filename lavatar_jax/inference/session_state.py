@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lavatar_jax.errors import UserError, write_errors
-from lavatar_jax.inference.output import temporary_name
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import replacing
 from lavatar_jax.inference.pipeline import SlotState
 from lavatar_jax.models.attention import KV, RingCache
 
@@ -52,16 +51,12 @@ def save_state(path: str | Path, state: SessionState) -> None:
     plain = {name: x.view(f"u{x.itemsize}") if name in exotic else x for name, x in arrays.items()}
     numbers = {**state.numbers, "next_block": state.slot.next_block, "drop_frames": state.slot.drop_frames}
     about = {"format": FORMAT, "numbers": numbers, "model": state.model, "dtypes": exotic}
-    part = temporary_name(path)
     try:
-        with write_errors(path):
+        with replacing(path) as part:
             part.touch(mode=0o600)  # before there is anything to read
             save_file(plain, part, metadata={"session": json.dumps(about)})
-            os.replace(part, path)
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written; is its folder there, with space left?") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_state(path: str | Path, decoder_cache: Any) -> SessionState:

@@ -18,9 +18,9 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import temporary_name, write_errors
 from lavatar_jax.inference.inputs import open_media
-from lavatar_jax.inference.output import temporary_name
 from lavatar_jax.inference.sound import TRACK_RATE, Sound, load_sound
 
 FPS = 25

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lavatar_jax
 from lavatar_jax.errors import UserError
-from lavatar_jax.inference.output import temporary_name
+from lavatar_jax.files import temporary_name
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MANIFEST = {

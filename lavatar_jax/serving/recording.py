@@ -12,7 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_errors
 from lavatar_jax.inference.sound import SAMPLE_RATE
 from lavatar_jax.serving.encoder import Moment
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from lavatar_jax.errors import UserError
-from lavatar_jax.inference.output import temporary_name
+from lavatar_jax.files import replacing
 from lavatar_jax.inference.session import AvatarSession
 from lavatar_jax.inference.session_host import SessionHost
 from lavatar_jax.serving.room import Identity
@@ -32,7 +31,7 @@ class SavedRooms:
     def save(
         self, host: SessionHost, session: AvatarSession, identity: Identity, kept: dict[str, Any]
     ) -> None:
-        """Raises UserError and OSError."""
+        """Raises UserError."""
         host.save(session, self._folder / f"{identity.id}.safetensors")
         about = {
             "id": identity.id,
@@ -45,10 +44,9 @@ class SavedRooms:
             "kept": kept,
         }
         path = self._folder / f"{identity.id}.json"
-        part = temporary_name(path)
-        part.touch(mode=0o600)  # before there is anything to read
-        part.write_text(json.dumps(about))
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.touch(mode=0o600)  # before there is anything to read
+            part.write_text(json.dumps(about))
 
     def restore(self, host: SessionHost) -> list[tuple[Identity, dict[str, Any], AvatarSession]]:
         """All saved sessions for which there is a place, opened; none of the files is left."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavatar_jax.data.skipped import SKIPPED, SkippedLog
+from lavatar_jax.files import write_text
 
 SAMPLES = "samples"  # folder of a run; one folder a step in it
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
@@ -53,9 +53,7 @@ def write_report(path: Path, run: Path, lines: Sequence[Mapping[str, Any]]) -> N
     head = (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>'
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join([head, *parts]) + "\n")
-    os.replace(temporary, path)
+    write_text(path, "\n".join([head, *parts]) + "\n")
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -13,8 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig, result_step, result_time
-from lavatar_jax.data.shards import write_text
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import write_text
 from lavatar_jax.parallel import MeshConfig
 from lavatar_jax.training.distributed import DistributedConfig
 from lavatar_jax.training.logs import LogConfig

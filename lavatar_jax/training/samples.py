@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lavatar_jax.data.loader import CorruptRecordError, ShardSource
 from lavatar_jax.data.records import file_name
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
+from lavatar_jax.files import replacing
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.latents import load_vae
@@ -133,9 +133,8 @@ def make_evaluator(
 
 
 def save_moving_picture(video: Float[np.ndarray, "T H W 3"], path: Path) -> None:
-    """An animated WebP of a video in [-1, 1], never half a file."""
+    """An animated WebP of a video in [-1, 1], never half a file. Raises UserError."""
     pictures = [Image.fromarray(frame) for frame in to_uint8(video)]
     first, *rest = (p.resize((SCALE * p.width, SCALE * p.height), Image.Resampling.BICUBIC) for p in pictures)
-    temporary = path.with_name(path.name + ".part")
-    first.save(temporary, format="WebP", save_all=True, append_images=rest, duration=FRAME, loop=0)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        first.save(part, format="WebP", save_all=True, append_images=rest, duration=FRAME, loop=0)

@@ -1,6 +1,4 @@
-import errno
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.store import SHIPPED, load_model_folder, model_folder, save_model_folder
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
-from lavatar_jax.errors import UserError, write_errors
+from lavatar_jax.errors import UserError
 from lavatar_jax.models.avatar import Avatar, AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.logmel import LogMelConfig
@@ -124,27 +122,6 @@ def test_a_full_disk_leaves_the_old_model(folder: Path, avatar: Avatar, monkeypa
         save_model_folder(folder, avatar)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left [os_error_code='28']"), "disk is full"),
-        (
-            SafetensorError("I/O error: Permission denied (os error 13)"),
-            "not be written (Permission denied)",
-        ),
-        (OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only file system)"),
-    ],
-)
-def test_what_the_system_says_is_told_whoever_hands_it_on(error: Exception, told: str):
-    with pytest.raises(UserError, match=re.escape(told)), write_errors(Path("out")):
-        raise error
-
-
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(ValueError, match="a bug"), write_errors(Path("out")):
-        raise ValueError("a bug")
 
 
 def test_only_a_word_names_a_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path):
