@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from lavatar_jax.errors import UserError
 
@@ -68,3 +70,24 @@ def check_new(path: Path) -> None:
         exists = os.path.lexists(path)
     if exists:
         raise UserError(f"{path} exists already; give another --out, or remove it")
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Makes the folder, and a file in it: no other process gets the folder until this one closes the file.
+
+    Where the file system knows no locks, others get it nevertheless. Raises UserError where one has it, or it
+    cannot be made.
+    """
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by who asked for it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"another process is writing to {folder}; wait for it to end, or choose another place"
+        ) from None
+    except OSError:
+        pass
+    return lock

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from array_record.python import array_record_module
 
 from lavatar_jax.data.records import Record, decode_record, encode_record, shapes
 from lavatar_jax.errors import UserError
-from lavatar_jax.files import write_text
+from lavatar_jax.files import lock_folder, write_text
 
 OPTIONS = "group_size:1"
 MANIFEST, DATASET = "manifest.jsonl", "dataset.json"
@@ -117,14 +116,7 @@ class ShardWriter:
     def __init__(self, folder: str | Path, *, shard_records: int = 256) -> None:
         self.folder = Path(folder)
         self._limit = shard_records
-        with _write_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held as long as the writer
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"another process is writing to {self.folder}; wait for it to end") from None
+        self._lock = lock_folder(self.folder)
         rows = read_manifest(self.folder)
         self.rows = [row for row in rows if (self.folder / row["shard"]).is_file()]
         self.ids = {row["id"] for row in self.rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -14,9 +15,9 @@ from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig, result_step, result_time
 from lavatar_jax.errors import UserError
-from lavatar_jax.files import write_text
+from lavatar_jax.files import lock_folder, write_text
 from lavatar_jax.parallel import MeshConfig
-from lavatar_jax.training.distributed import DistributedConfig
+from lavatar_jax.training.distributed import DistributedConfig, first_process_only
 from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import Feed, LoopConfig, State, StepFn, fit
 from lavatar_jax.training.optim import OptimConfig
@@ -70,25 +71,28 @@ def fit_run(
 ) -> State:
     """`loop.fit` with the settings of a run, which it writes down; `options` are its other arguments.
 
-    Raises UserError where it would go on with other frozen weights than it began with.
+    Raises UserError where another process trains in its folder, and where it would go on with other frozen
+    weights than it began with.
     """
-    if jax.tree.leaves(frozen) and result_step(Path(run.out)) is not None:
-        check_origins(run)
-    return fit(
-        step_fn,
-        state,
-        frozen,
-        batches,
-        run.train,
-        Path(run.out),
-        checkpoint=run.checkpoint,
-        log=run.log,
-        optim_schedule=run.optim.schedule,
-        mesh=mesh,
-        sample_every=run.samples.every,
-        accepted=lambda: write_config(run),
-        **options,
-    )
+    with contextlib.ExitStack() as held:
+        first_process_only(lambda: held.enter_context(lock_folder(Path(run.out))))
+        if jax.tree.leaves(frozen) and result_step(Path(run.out)) is not None:
+            check_origins(run)
+        return fit(
+            step_fn,
+            state,
+            frozen,
+            batches,
+            run.train,
+            Path(run.out),
+            checkpoint=run.checkpoint,
+            log=run.log,
+            optim_schedule=run.optim.schedule,
+            mesh=mesh,
+            sample_every=run.samples.every,
+            accepted=lambda: write_config(run),
+            **options,
+        )
 
 
 def origins(run: Run) -> dict[str, int]:

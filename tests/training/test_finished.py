@@ -1,5 +1,6 @@
 """A run's folder says what it trained, also after a run that was refused; adapters come back merged."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from lavatar_jax.checkpoints.convert import param_paths
 from lavatar_jax.checkpoints.runs import CheckpointConfig
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
+from lavatar_jax.files import lock_folder
 from lavatar_jax.training import stages
 from lavatar_jax.training.decoder import load_dit
 from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
@@ -61,6 +63,20 @@ def test_a_refused_run_leaves_the_config_of_the_one_that_is_there(tmp_path: Path
     assert (tmp_path / "run" / "config.json").read_text() == written
     fit_run(other, *begin(mesh), Batches(), mesh)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"] == 0.25
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path):
+    mesh = mesh_of(1, 1, 1)
+    log = LogConfig(tensorboard=False, report=False)
+    run = Run(out=str(tmp_path / "run"), train=LoopConfig(steps=1), log=log)
+    with (
+        contextlib.closing(lock_folder(Path(run.out))),
+        pytest.raises(UserError, match=r"another process is writing to .*run; wait for it to end"),
+    ):
+        fit_run(run, *begin(mesh), Batches(), mesh)
+    assert [path.name for path in Path(run.out).iterdir()] == [".lock"]
+    for _ in range(2):  # a run that has ended keeps nobody out
+        fit_run(run, *begin(mesh), Batches(), mesh)
 
 
 def test_the_command_writes_no_config_before_the_run_is_accepted(
