@@ -164,7 +164,7 @@ def measured(file: Path, about: dict[str, Any], missing: Callable[[Numbers], Ite
 
 
 def spread(results: dict[str, list[Numbers]]) -> str:
-    """A table of mean ± standard deviation over seeds."""
+    """A table of mean ± standard deviation over seeds; of one seed, its number alone."""
     shown = {
         name: column
         for name, column in COLUMNS.items()
@@ -178,7 +178,8 @@ def spread(results: dict[str, list[Numbers]]) -> str:
         cells = []
         for name, (_, digits) in shown.items():
             values = [run[name] for run in runs if name in run]
-            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "-")
+            told = f"{np.mean(values):.{digits}f}" if values else "-"
+            cells.append(f"{told} ± {np.std(values):.{digits}f}" if len(values) > 1 else told)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

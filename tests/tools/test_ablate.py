@@ -15,7 +15,7 @@ def test_the_table_has_mean_and_spread_of_what_was_measured() -> None:
     runs = [{"openness": 0.9, "fps": 80.0, "at_10": 2.0}, {"openness": 0.8, "fps": 100.0}]
     header, _, row = ablate.spread({"as shipped": runs}).splitlines()
     assert header == "| | lip-sync | colour at 10 s | frames/s |"
-    assert row == "| as shipped | 0.850 ± 0.050 | 2.0 ± 0.0 | 90 ± 10 |"
+    assert row == "| as shipped | 0.850 ± 0.050 | 2.0 | 90 ± 10 |"
 
 
 def test_variants_of_stage_1_need_its_model() -> None:
@@ -67,7 +67,7 @@ def test_speed_can_wait_for_a_quiet_machine(tmp_path, measured, capsys) -> None:
     assert "frames/s" not in capsys.readouterr().out
     ablate.main(arguments)
     assert measured == [("talk", 0), ("drift", 0), "speed"]
-    assert "| 50 ± 0 |" in capsys.readouterr().out
+    assert "| 50 |" in capsys.readouterr().out
 
 
 def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> None:
@@ -76,7 +76,7 @@ def test_a_longer_drift_adds_its_columns_only(tmp_path, measured, capsys) -> Non
     ablate.main([*arguments, "--drift-seconds", "1000"])
     ablate.main(arguments)
     assert measured == [("talk", 0), "speed", ("drift", 0), ("drift", 0)]
-    row = "| no sink | 0.500 ± 0.000 | 1.0 ± 0.0 | 10.0 ± 0.0 | 100.0 ± 0.0 | 50 ± 0 |"
+    row = "| no sink | 0.500 | 1.0 | 10.0 | 100.0 | 50 |"
     assert row in capsys.readouterr().out
 
 
