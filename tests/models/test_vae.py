@@ -93,7 +93,7 @@ def test_agrees_with_the_reference(golden, name) -> None:
 # Streams
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(config=configs(), seed=st.integers(0, 2**16))
 def test_streams_equal_whole_clips(config, seed) -> None:
     vae = random_vae(config, seed)
@@ -216,11 +216,10 @@ def test_a_fresh_model_has_sane_outputs_and_gradients(kind) -> None:
     video = jax.random.uniform(jax.random.key(0), (1, 3, 8, 8, 3), minval=-1)
     (_, spreads), gradient = value_and_grad(vae, video)
     assert all(0.05 < spread < 5 for spread in spreads)
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient.decoder.head))
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient.decoder.head))
     for clip in (video, jnp.full_like(video, 0.1)):  # a flat clip has no detail to normalise by
         _, gradient = value_and_grad(vae, clip)
-        largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
-        assert largest < 100
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 100
 
 
 def test_normalisation_and_its_inverse() -> None:
