@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lavatar_jax.diffusion import TIMESTEPS, euler_step, v_to_x0
+from lavatar_jax.evaluation.flops import clip_flops, step_flops
 from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
@@ -104,6 +105,17 @@ def make_ode_loss(config: OdeRun, roles: Roles) -> LossFn:
     return loss_fn
 
 
+def path_flops(config: OdeRun, size: tuple[int, int, int]) -> float:
+    """FLOP that a step takes for each sample: the teacher's whole path, and the student's jump.
+
+    `size`: latent frames, rows and columns of a clip.
+    """
+    clip = clip_flops(config.model, *size)
+    judged = 1 + bool(config.loss.guidance) + bool(config.loss.text_guidance)
+    walked = config.sampling.steps * config.substeps * judged * clip
+    return walked + step_flops(clip, lora=config.lora.rank > 0)
+
+
 def train_ode(config: OdeRun) -> TrainState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     train = config.train
@@ -123,6 +135,7 @@ def train_ode(config: OdeRun) -> TrainState:
         frozen,
         batches,
         mesh,
+        flops=train.batch * path_flops(config, source.buckets[0].latent_size),
         sample=make_sampler(
             source, config.sampling, config.data.vae, lambda state: roles.student(state.average, frozen)
         ),

@@ -11,9 +11,10 @@ import pytest
 
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.diffusion import FlowSchedule
+from lavatar_jax.evaluation.flops import clip_flops, count_flops
 from lavatar_jax.training.distill import make_roles
 from lavatar_jax.training.dmd import DMDConfig
-from lavatar_jax.training.ode_init import OdeRun, make_ode_loss, walk
+from lavatar_jax.training.ode_init import OdeRun, make_ode_loss, path_flops, walk
 from lavatar_jax.training.scores import ScoreConfig, make_flow, unconditional
 from lavatar_jax.training.state import split_model
 from tests.tiny import normal, random_dit, tiny_config
@@ -55,6 +56,23 @@ def test_the_teacher_walks_in_small_guided_steps_by_the_students_levels() -> Non
             x = x + (following - level) * v
     np.testing.assert_allclose(states, jnp.stack(here), atol=1e-4)
     np.testing.assert_allclose(end, x, atol=1e-4)
+
+
+def test_flops_of_a_step_count_as_many_passes_as_its_trace_has() -> None:
+    """Forward passes: the backward one counts as two, as everywhere."""
+    run = load_config(str(Path(__file__).parents[2] / "configs" / "tiny_ode.py"))
+    assert isinstance(run, OdeRun)
+    guided = DMDConfig(guidance=0.5, text_guidance=0.25)
+    run = dataclasses.replace(run, model=tiny_config(), loss=guided, substeps=3)
+    params, _ = split_model(MODEL)
+    loss = make_ode_loss(run, make_roles(run))
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in BATCH.items()}
+    traced = count_flops(loss, params, params, batch, jax.random.key(0))
+    one = count_flops(
+        make_flow(MODEL, BATCH, SCORE), batch["latent"], jax.ShapeDtypeStruct((2, 6), jnp.float32)
+    )
+    passes = path_flops(run, (6, 4, 4)) / clip_flops(run.model, 6, 4, 4) - 2
+    assert traced / one == pytest.approx(passes, rel=1e-3) == 37
 
 
 @pytest.mark.parametrize(("substeps", "nothing_to_learn"), [(1, True), (2, False)])
