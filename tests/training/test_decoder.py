@@ -1,6 +1,7 @@
 """The decoder learns on what the transformer predicts, in step with the true frames."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.logmel import LogMelConfig
-from lavatar_jax.models.vae import make_vae
+from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.training import decoder, latents
 from lavatar_jax.training.decoder import (
     DecoderRun,
@@ -53,13 +54,18 @@ DIT = DiTConfig(
 SAMPLING = SamplingConfig(motion=False, steps=2, doubly_shifted=False)  # the last step begins at 0.75
 
 
+@functools.cache
+def fresh_vae() -> CausalVAE:
+    return jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))()
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderRun:
     """Untrained networks, noise for speech, and pictures of 32 pixels."""
     noise = np.random.default_rng(0).normal(scale=0.1, size=3 * 16_000).astype(np.float32)
     (tmp_path / "speech" / "train").mkdir(parents=True)
     write_wav(tmp_path / "speech" / "train" / "00000.wav", noise)
-    vae = jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))()
+    vae = fresh_vae()
     monkeypatch.setattr(latents, "load_vae", lambda run: (VAE, vae))
     monkeypatch.setattr(decoder, "load_dit", lambda run: random_dit(DIT))
     data = LatentsConfig(
@@ -186,7 +192,7 @@ def test_what_stands_in_for_a_damaged_record_has_its_own_frames(
 def test_only_the_decoder_learns(run: DecoderRun) -> None:
     state = train_decoder(run)
     assert int(state.step) == 2
-    first = param_paths(jax.jit(lambda: make_vae(VAE, rngs=nnx.Rngs(0)))())
+    first = param_paths(fresh_vae())
     moved = {name for name in first if not np.array_equal(state.params[name], first[name])}
     assert moved
     assert all(name.startswith(("decoder", "post_quant")) for name in moved)
@@ -201,11 +207,11 @@ def test_only_the_decoder_learns(run: DecoderRun) -> None:
 
 
 def test_a_bad_step_names_its_clips(run: DecoderRun) -> None:
-    bad = dataclasses.replace(
-        run,
-        loss=VAELossConfig(colour=float("nan")),
-        train=dataclasses.replace(run.train, on_bad_step="stop"),
-    )
+    prepare_predictions(run)
+    latent = np.load(Path(run.predictions.folder) / "latent.npy", mmap_mode="r+")
+    latent[:] = np.nan
+    latent.flush()
+    bad = dataclasses.replace(run, train=dataclasses.replace(run.train, on_bad_step="stop"))
     with pytest.raises(UserError, match=r"step 1 was skipped: loss nan.*, batch of records [012], [012]\."):
         train_decoder(bad)
 
@@ -226,7 +232,7 @@ def test_the_loss_is_that_of_the_whole_clip_decoded(run: DecoderRun, begin: floa
     prepare_predictions(run)
     batch = next(window_batches(dataclasses.replace(run.predictions, begin=begin), 3, batch=2))
     assert batch["video"].shape[1] == (21 if begin else 12)
-    vae = make_vae(VAE, rngs=nnx.Rngs(0))
+    vae = fresh_vae()
     loss, _ = decoder.make_loss(lambda params, frozen: vae, run.loss)({}, {}, batch, jax.random.key(0))
     video, weight = unpack(batch)
     whole = vae.decode(batch["latent"].astype(np.float32))[:, -video.shape[1] :]

@@ -59,14 +59,14 @@ SIZE, CLIPS = (3, 4, 4), 6
 SAMPLING = SamplingConfig(steps=2, motion=False, adapt_sink_after=None, sink_distance=24, ring_blocks=2)
 
 
-def contrast(run: DistillRun) -> Reward:
+def contrast(run: DistillRun, scale: float = 1.0) -> Reward:
     """A reward of the simplest kind."""
-    return Reward(lambda scale, clip, batch: scale * jnp.std(clip, axis=(1, 2, 3, 4)), jnp.ones(()))
+    return Reward(lambda scale, clip, batch: scale * jnp.std(clip, axis=(1, 2, 3, 4)), jnp.float32(scale))
 
 
 def broken(run: DistillRun) -> Reward:
     """A reward that is not a number."""
-    return Reward(lambda _, clip, batch: jnp.full(len(clip), jnp.nan), jnp.ones(()))
+    return contrast(run, float("nan"))
 
 
 def make_run(folder: Path) -> DistillRun:
