@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lavatar_jax.data.skipped import SKIPPED, SkippedLog
+from lavatar_jax.errors import UserError
 from lavatar_jax.training.report import write_report
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ class RunLog:
         """What cannot be written, on a full disk say, is told."""
         try:
             yield
+        except UserError as error:
+            self.say(str(error))
         except OSError as error:
             self.say(f"{self.out / name} cannot be written: {error}")
 

@@ -200,7 +200,7 @@ def fit(
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     sample(whole, folder)
-                except OSError as error:  # training is worth more than its pictures
+                except (OSError, UserError) as error:  # training is worth more than its pictures
                     run.log.say(f"no samples at step {run.step}: {error}")
             run.log.report()
 

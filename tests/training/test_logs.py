@@ -1,5 +1,6 @@
 """What a run writes about itself."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lavatar_jax.parallel import put_batch
 from lavatar_jax.training.logs import LOG, LogConfig, read_log
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import schedule
+from lavatar_jax.training.samples import save_moving_picture
 from tests.training.toy_run import BATCH, Batches, begin, mesh_of, train
 
 
@@ -74,18 +76,27 @@ def test_samples_are_taken_at_intervals_and_at_the_end(tmp_path: Path):
     assert taken == ["00000001", "00000005"]
 
 
-def test_samples_that_cannot_be_written_do_not_end_the_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_samples_and_reports_that_cannot_be_written_do_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith((".webp", ".html")):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
     def sample(state: Any, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+        save_moving_picture(np.zeros((2, 8, 8, 3), np.float32), folder / "a.webp")
 
+    monkeypatch.setattr(os, "replace", full)
     config = LoopConfig(steps=3, batch=BATCH)
     last = fit(step_fn, state, frozen, Batches(), config, tmp_path, sample=sample)
     assert int(last.step) == 3
-    assert "no samples at step 3: [Errno 28] No space left" in capsys.readouterr().out
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"no samples at step 3: {tmp_path}/samples/00000003/a.webp: the disk is full" in said
+    assert f"{tmp_path}/report.html: the disk is full" in said
 
 
 def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
