@@ -47,10 +47,13 @@ def temporary_name(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to: it becomes `path` when the block ends, and is removed when it fails.
 
-    Raises UserError for what the operating system says about it.
+    What is no file, as /dev/stdout, is written to itself. Raises UserError for what the system says.
     """
     part = temporary_name(path)
     with write_errors(path):
+        if path.exists() and not path.is_file():
+            yield path
+            return
         try:
             yield part
             os.replace(part, path)

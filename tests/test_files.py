@@ -46,6 +46,14 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_device_stays_one(tmp_path: Path):
+    path = tmp_path / "null"
+    path.symlink_to(os.devnull)
+    write_text(path, "text")
+    assert path.is_symlink()
+    assert os.listdir(tmp_path) == ["null"]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"gone/a.txt: cannot be written \(No such file or directory\)"):
         write_text(tmp_path / "gone" / "a.txt", "text")
