@@ -2,10 +2,10 @@
 
 Method section 4: student 1e-5, fake score 2e-6, five critic steps a student step, 500 steps of the student.
 There one clip is on each of 128 devices. The four rings of a clip alone take 48 GB, so here two devices of
-80 GB share a clip (`--plan`): batches of 64 on 128 devices. `init` is the converted checkpoint: the
-bidirectional teacher, on which the student (`lora.init`: stage 1's adapters) and the fake score are adapters.
-Motion frames are gone. The rollout has the levels, ring and sink of the sampler, and new noise between the
-steps.
+80 GB share a clip (`--plan`): batches of 64 on 128 devices, or in parts (`--train.accumulate`) on fewer.
+`init` is the converted checkpoint: the bidirectional teacher, on which the student (`lora.init`: stage 1's
+adapters) and the fake score are adapters. Motion frames are gone. The rollout has the levels, ring and sink
+of the sampler, and new noise between the steps.
 """
 
 from configs.wan14b_forcing import DATA, MODEL

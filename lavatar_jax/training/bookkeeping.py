@@ -33,7 +33,7 @@ class LoopConfig:
     weight_decay: float = 0.0
     ema_decay: float = 0.99
     batch: int = 8  # samples of a step, on all devices together
-    accumulate: int = 1  # parts in which a batch is computed, one after the other; stage 2 has no parts
+    accumulate: int = 1  # parts in which a batch is computed, one after the other
     precision: Precision = "float32"  # of the computation; what is trained is kept in float32
     remat: Remat = "none"  # what the transformer's layers compute anew in the backward pass; `models.dit`
     workers: int = 0  # processes that read data

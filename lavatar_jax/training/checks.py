@@ -46,10 +46,11 @@ def _check_rollout(run: Any) -> None:
                 f"--rollout.{name} follows from how the student will be sampled: set --sampling.steps, "
                 "--sampling.shift, --sampling.history or --sampling.history-sigma"
             )
-    if run.train.batch < 2 and run.score.without_audio == "other" and run.loss.guidance:
+    parts = 1 if run.whole_batch else run.train.accumulate
+    if run.train.batch < 2 * parts and run.score.without_audio == "other" and run.loss.guidance:
         raise UserError(
             "--score.without-audio other leads away from the voice of another clip of the batch: "
-            f"--train.batch {run.train.batch} has none"
+            f"--train.batch {run.train.batch} has none" + (f" in each of {parts} parts" if parts > 1 else "")
         )
     if run.train.batch < 2 and run.distill.run_in:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -19,14 +20,8 @@ from lavatar_jax.inference.denoise import schedule
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.checks import check_records
-from lavatar_jax.training.distill_step import (
-    DistillConfig,
-    DistillState,
-    Roles,
-    StepFn,
-    create_distill_state,
-    make_distill_step,
-)
+from lavatar_jax.training.distill_state import DistillState, create_distill_state
+from lavatar_jax.training.distill_step import DistillConfig, Roles, StepFn, make_distill_step
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward, load_rewards
 from lavatar_jax.training.latents import LatentsConfig, open_training
@@ -48,6 +43,9 @@ class DistillRun(Run):
     another one for teacher and critic. `lora` of a rank: student and critic are adapters on `init`, which is
     the teacher itself, so that the weights exist once; `lora.init`: the student's adapters of stage 1.
     """
+
+    # Whether a sample finds the others of its whole batch, or of its part under `train.accumulate`.
+    whole_batch: ClassVar[bool] = True
 
     out: str = "runs/distill"
     init: str | None = "runs/dit"
@@ -104,8 +102,6 @@ def make_roles(config: DistillRun) -> Roles:
 
 def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tuple[StepFn, tuple]:
     """-> (the step of a run, the optimizers of student and critic). `params` may be abstract."""
-    if config.train.accumulate > 1:
-        raise UserError("stage 2 does not accumulate gradients over parts of a batch: --train.accumulate 1")
     student, critic = (
         make_optimizer(params, stacked=STACKED, weight_decay=config.train.weight_decay, config=optim)
         for optim in (config.optim, config.critic_optim)
@@ -182,7 +178,7 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
 
     Raises UserError."""
     train = config.train
-    mesh = train_mesh(config.mesh, samples=train.batch)
+    mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
     source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
     check_records(source, config.model)
     params, critic, base = starting_weights(config, mesh)

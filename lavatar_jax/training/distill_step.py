@@ -9,22 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
-from lavatar_jax.parallel import state_shardings
 from lavatar_jax.training import dmd
-from lavatar_jax.training.bad_steps import Usual, judge
+from lavatar_jax.training.bad_steps import judge
+from lavatar_jax.training.distill_state import DistillState
 from lavatar_jax.training.dmd import DMDConfig
+from lavatar_jax.training.draws import Course, Draws, Noised, make_draw
 from lavatar_jax.training.dynaforcing import (
     DynaConfig,
     Reward,
     RewardStatistics,
     check_starts,
-    draw_starts,
     reward_weights,
     update_statistics,
 )
@@ -34,14 +33,20 @@ from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, make_
 from lavatar_jax.training.self_forcing import (
     Rollout,
     SelfForcingConfig,
-    denoised_range,
-    draw_exits,
     learns,
     replay_gradient,
     roll_out,
 )
-from lavatar_jax.training.state import Metrics, Params, follow
-from lavatar_jax.training.student import begin_cache, block_inputs, blocks_of, clip_of, make_predict
+from lavatar_jax.training.state import Metrics, Params, follow, in_parts
+from lavatar_jax.training.student import (
+    BlockInputs,
+    StudentCache,
+    begin_cache,
+    block_inputs,
+    blocks_of,
+    clip_of,
+    make_predict,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,60 +72,17 @@ class Roles(NamedTuple):
     teacher: Callable[[Params], CausalDiT]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillState:
-    """Everything that distillation changes; `average` is the student to evaluate and ship."""
+class Streamed(NamedTuple):
+    """What a rollout leaves (`Rollout`), the samples in front."""
 
-    params: Params
-    average: Params
-    optimizer: optax.OptState
-    critic: Params
-    critic_optimizer: optax.OptState
-    rewards: RewardStatistics
-    usual: Usual  # the critic's loss so far, to know a jump when it comes
-    updates: jax.Array  # int32 [], of the student
-    report: Metrics  # of the student's latest update, since it does not learn in every step
-    step: jax.Array  # int32 []
-    seconds: jax.Array  # float32 []
-    key: jax.Array  # uint32 key data
+    x0: Float[Array, "B K F H W C"]
+    noisy: Float[Array, "B K F H W C"]
+    context: Float[Array, "B K F H W C"] | None
 
 
-def create_distill_state(
-    params: Params,
-    critic: Params,
-    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
-    *,
-    steps: int,
-    rewards: int,
-    seed: int,
-    mesh: Mesh | None = None,
-) -> DistillState:
-    """The state before the first step, split over `mesh` (None: on one device). `steps`: of the sampler."""
-    names = ("dmd_gradient_norm", "student_grad_norm", "student_loss", "regression", "reward")
-
-    def create(params: Params, critic: Params) -> DistillState:
-        state = DistillState(
-            params=params,
-            average=params,
-            optimizer=optimizers[0].init(params),
-            critic=critic,
-            critic_optimizer=optimizers[1].init(critic),
-            rewards=RewardStatistics.empty(rewards),
-            usual=Usual.unknown(),
-            updates=jnp.zeros((), jnp.int32),
-            report={name: jnp.zeros(()) for name in (*names, *(f"dmd_exit_{step}" for step in range(steps)))},
-            step=jnp.zeros((), jnp.int32),
-            seconds=jnp.zeros((), jnp.float32),
-            key=jax.random.key_data(jax.random.key(seed)),
-        )
-        # Copies, because donated buffers must not be shared; and no weak types, which would compile again.
-        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state)
-
-    if mesh is None:
-        return create(params, critic)
-    shardings = state_shardings(jax.eval_shape(create, params, critic), mesh)
-    return jax.jit(create, out_shardings=shardings)(params, critic)
+def swap(tree: Any) -> Any:
+    """Samples before blocks, or blocks before samples."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
 
 
 def keep_good(good: Array, new: Any, old: Any) -> Any:
@@ -153,135 +115,131 @@ def make_distill_step(
     check_starts(dyna, len(rollout.timesteps))
     if config.update_ratio < 1:
         raise UserError(f"--distill.update-ratio must be at least 1, not {config.update_ratio}")
-    grid, critic_scale = rollout.grid, config.critic_rate / train.learning_rate
+    grid, critic_scale, parts = rollout.grid, config.critic_rate / train.learning_rate, train.accumulate
     steps = len(rollout.timesteps)
-    ranges = jnp.array([denoised_range(step, rollout) for step in range(steps)], jnp.int32)
-
-    def stream(state: DistillState, frozen: Params, batch: Batch, key: Array) -> tuple[Rollout, Any, Array]:
-        """-> (rollout, its inputs, which samples began from noised truth)."""
-        keys = jax.random.split(key, 5)
-        dit = roles.student(state.params, frozen)
-        frames, lead = dit.config.block_frames, config.run_in * dit.config.block_frames
-
-        def longer(x: Array, count: int, axis: int) -> Array:
-            """With the end of another clip in front."""
-            if count > x.shape[axis]:
-                raise UserError(f"--distill.run-in {config.run_in} is longer than the clips")
-            end = jax.lax.slice_in_dim(x, x.shape[axis] - count, x.shape[axis], axis=axis)
-            return jnp.concatenate([jnp.roll(end, 1, axis=0), x], axis=axis)
-
-        truth, audio = longer(batch["latent"], lead, 1), longer(batch["audio"], 4 * lead, -1)
-        pose = pose_of(dit, batch)
-        pose = None if pose is None else longer(pose, lead, 1)
-        inputs = block_inputs(dit.config, sampling, audio, (truth.shape[2], truth.shape[3]), keys[0], pose)
-        cache = begin_cache(dit, sampling, batch["reference"], batch["text"])
-        noise = jax.random.normal(keys[1], truth.shape)
-        blocks = truth.shape[1] // frames
-        exits = draw_exits(keys[2], blocks, rollout)
-        renoise = None
-        if rollout.transition == "renoise" or rollout.cache == "context":
-            shape = (blocks, steps, truth.shape[0], frames, *truth.shape[2:])
-            renoise = jax.random.normal(keys[3], shape)
-        hybrid, starts = jnp.zeros(truth.shape[0], bool), None
-        if dyna.hybrid:
-            starts, hybrid = draw_starts(keys[4], truth.shape[0], jnp.min(exits), steps, dyna)
-            # The truth in front of the clip shows somebody else.
-            starts = jnp.where(jnp.arange(blocks)[:, None] < config.run_in, 0, starts)
-        done = roll_out(
-            predict(frozen),
-            state.params,
-            blocks_of(noise, frames),
-            renoise,
-            exits,
-            inputs,
-            cache,
-            rollout,
-            truth=blocks_of(truth, frames) if dyna.hybrid else None,
-            starts=starts,
-        )
-        return done, inputs, hybrid
+    draw = make_draw(run_in=config.run_in, rollout=rollout, score=score, loss=loss, dyna=dyna)
 
     def predict(frozen: Params) -> Any:
         return make_predict(lambda params: roles.student(params, frozen), remat=train.remat)
 
-    def judged_clip(done: Rollout) -> Array:
-        return clip_of(done.x0[config.run_in :])
-
-    def draw_noise(key: Array, clip: Array, exit_step: Array) -> tuple[Array, Array]:
-        """Noise and timesteps [B, F] at which the judges see the clip."""
-        level, noise = jax.random.split(key)
-        exit_from, exit_to = ranges[exit_step]
-        t = dmd.draw_timestep(level, clip.shape[0], loss, exit_from=exit_from, exit_to=exit_to)
-        t_BF = jnp.broadcast_to(dmd.shift_timestep(t, loss)[:, None], clip.shape[:2])
-        return jax.random.normal(noise, clip.shape), t_BF
-
-    def critic_loss(
-        critic: Params, frozen: Params, batch: Batch, clip: Array, noise: Array, t: Array
-    ) -> Array:
-        dit = roles.critic(critic, frozen)
-        return dmd.critic_loss(
-            clip, noise, t, grid, make_denoiser(dit, batch, score, grid, remat=train.remat)
+    def begin(
+        dit: CausalDiT, batch: Batch, draws: Draws, course: Course, *, rings: int | None = None
+    ) -> tuple[BlockInputs, StudentCache]:
+        """What the rollout begins with, and its replay."""
+        _, _, height, width, _ = draws.noise.shape
+        inputs = block_inputs(
+            dit.config,
+            sampling,
+            draws.streamed["audio"],
+            (height, width),
+            course.sinks,
+            pose_of(dit, draws.streamed),
         )
+        return inputs, begin_cache(dit, sampling, batch["reference"], batch["text"], rings=rings)
+
+    def stream(params: Params, frozen: Params, batch: Batch, draws: Draws, course: Course) -> Streamed:
+        dit = roles.student(params, frozen)
+        inputs, cache = begin(dit, batch, draws, course)
+        frames = dit.config.block_frames
+        done = roll_out(
+            predict(frozen),
+            params,
+            blocks_of(draws.noise, frames),
+            None if draws.renoise is None else jnp.moveaxis(draws.renoise, 0, 2),
+            course.exits,
+            inputs,
+            cache,
+            rollout,
+            truth=None if draws.starts is None else blocks_of(draws.streamed["latent"], frames),
+            starts=None if draws.starts is None else draws.starts.T,
+        )
+        return Streamed(*swap((done.x0, done.noisy, done.context)))
+
+    def judged_clip(streamed: Streamed) -> Array:
+        return clip_of(swap(streamed.x0[:, config.run_in :]))
+
+    def critic_loss(critic: Params, frozen: Params, batch: Batch, clip: Array, seen: Noised) -> Array:
+        dit = roles.critic(critic, frozen)
+        denoise = make_denoiser(dit, batch, score, grid, remat=train.remat)
+        return dmd.critic_loss(clip, seen.noise, seen.t, grid, denoise)
 
     def student_slope(
-        state: DistillState, frozen: dict[str, Any], batch: Batch, clip: Array, hybrid: Array, key: Array,
-        exit_step: Array,
-    ) -> tuple[Array, RewardStatistics, Metrics]:  # fmt: skip
+        state: DistillState, frozen: Params, batch: Batch, draws: Draws, clip: Array, weight_B: Array
+    ) -> tuple[Array, Metrics]:
         """Derivative of the student's loss by its clip."""
-        teacher, critic = roles.teacher(frozen["params"]), roles.critic(state.critic, frozen["params"])
-        noise, t_BF = draw_noise(key, clip, exit_step)
-        networks = make_judges(teacher, critic, batch, score, grid)
-        statistics, weight_B = state.rewards, jnp.ones(clip.shape[0])
-        if rewards:
-            values = jnp.stack(
-                [reward.measure(arrays, clip, batch)
-                 for reward, arrays in zip(rewards, frozen["rewards"], strict=True)]
-            )  # fmt: skip
-            statistics = update_statistics(statistics, values, dyna.reward_decay)
-            weight_B = reward_weights(statistics, values, dyna)
+        teacher, critic = roles.teacher(frozen), roles.critic(state.critic, frozen)
+        networks = make_judges(teacher, critic, batch, {**batch, **draws.away}, score, grid)
         mouth = batch["mouth"][:, None, :, :, None]
         place = 1.0 + (config.mouth_weight - 1.0) * mouth
         place = place / jnp.mean(place, axis=(1, 2, 3, 4), keepdims=True)
         weight = place * weight_B.reshape(-1, 1, 1, 1, 1)
+        hybrid = draws.hybrid.reshape(-1, 1, 1, 1, 1)
 
         def objective(clip: Array) -> tuple[Array, Metrics]:
+            noise, t_BF = draws.student
             total, metrics = dmd.dmd_loss(clip, noise, t_BF, loss, grid, weight=weight, **networks)
-            pull = jnp.mean(place * jnp.square(clip - batch["latent"]) * hybrid.reshape(-1, 1, 1, 1, 1))
+            pull = jnp.mean(place * jnp.square(clip - batch["latent"]) * hybrid)
             return total + 0.5 * config.regression * pull, {**metrics, "regression": pull}
 
         (value, metrics), slope = jax.value_and_grad(objective, has_aux=True)(clip)
-        return slope, statistics, {**metrics, "student_loss": value, "reward": jnp.mean(weight_B)}
+        return slope, {**metrics, "student_loss": value}
 
-    def teach_student(
-        state: DistillState, frozen: dict[str, Any], batch: Batch, streamed: Any, key: Array, rate: Array
-    ) -> tuple[DistillState, Array]:
-        """-> (what it changed, whether gradient and rewards were finite: else it changed only the report)."""
-        done, inputs, hybrid = streamed
-        exit_step = done.exits[0]
+    def student_gradient(
+        state: DistillState, frozen: Params, course: Course, samples: tuple[Batch, Draws, Streamed, Array]
+    ) -> tuple[Params, Metrics]:
+        """By the student's parameters: the slope, replayed block by block."""
+        batch, draws, streamed, weight_B = samples
+        dit = roles.student(state.params, frozen)
         # Made anew, so that the rollout can fill its own rings in place; and one, for all blocks exit alike.
-        dit = roles.student(state.params, frozen["params"])
-        cache = begin_cache(dit, sampling, batch["reference"], batch["text"], rings=1)
-        slope, statistics, metrics = student_slope(
-            state, frozen, batch, judged_clip(done), hybrid, key, exit_step
-        )
-        blocks, _, frames = done.x0.shape[:3]
+        inputs, cache = begin(dit, batch, draws, course, rings=1)
+        slope, metrics = student_slope(state, frozen, batch, draws, judged_clip(streamed), weight_B)
+        x0, noisy, context = swap(streamed)
+        blocks, _, frames = x0.shape[:3]
         judged = jnp.arange(blocks) >= config.run_in
         learning = judged & learns(frames * jnp.arange(blocks), frames * blocks, rollout)
         gradient = replay_gradient(
-            predict(frozen["params"]),
+            predict(frozen),
             state.params,
-            done,
+            Rollout(x0, noisy, course.exits, context, None),
             inputs,
             cache,
-            jnp.concatenate([jnp.zeros_like(done.x0[: config.run_in]), blocks_of(slope, frames)]),
+            jnp.concatenate([jnp.zeros_like(x0[: config.run_in]), blocks_of(slope, frames)]),
             learning,
             rollout,
+        )
+        return gradient, metrics
+
+    def weigh(
+        state: DistillState, arrays: Sequence[Any], batch: Batch, clip: Array
+    ) -> tuple[RewardStatistics, Array]:
+        """-> (the rewards' moments with this batch, the weight of each sample)."""
+        if not rewards:
+            return state.rewards, jnp.ones(clip.shape[0])
+
+        def measure(samples: tuple[Array, Batch], _: Any) -> tuple[tuple[()], Array]:
+            found = [reward.measure(own, *samples) for reward, own in zip(rewards, arrays, strict=True)]
+            return (), jnp.stack(found, axis=1)
+
+        _, values_BN = in_parts(measure, (clip, batch), parts)
+        statistics = update_statistics(state.rewards, values_BN.T, dyna.reward_decay)
+        return statistics, reward_weights(statistics, values_BN.T, dyna)
+
+    def teach_student(
+        state: DistillState, frozen: dict[str, Any], batch: Batch, draws: Draws, course: Course,
+        streamed: Streamed, rate: Array,
+    ) -> tuple[DistillState, Array]:  # fmt: skip
+        """-> (what it changed, whether gradient and rewards were finite: else it changed only the report)."""
+        statistics, weight_B = weigh(state, frozen["rewards"], batch, judged_clip(streamed))
+        (gradient, metrics), _ = in_parts(
+            lambda samples, _: (student_gradient(state, frozen["params"], course, samples), ()),
+            (batch, draws, streamed, weight_B),
+            parts,
         )
         norm = optax.tree.norm(gradient)
         # Rewards are looked at themselves: neither their limits nor `dmd_loss` need let a NaN through.
         good = jnp.isfinite(norm) & jnp.all(jnp.isfinite(statistics.square))
         params, optimizer = update(optimizers[0], gradient, norm, good, state.optimizer, state.params, rate)
-        latest = jnp.arange(steps) == exit_step
+        latest = jnp.arange(steps) == course.exits[0]
         by_exit = {
             f"dmd_exit_{step}": jnp.where(
                 latest[step], metrics["dmd_gradient_norm"], state.report[f"dmd_exit_{step}"]
@@ -296,7 +254,7 @@ def make_distill_step(
             optimizer=optimizer,
             rewards=keep_good(good, statistics, state.rewards),
             updates=state.updates + good,
-            report={**metrics, **by_exit, "student_grad_norm": norm},
+            report={**metrics, **by_exit, "reward": jnp.mean(weight_B), "student_grad_norm": norm},
         )
         return learned, good
 
@@ -320,14 +278,17 @@ def make_distill_step(
     ) -> tuple[DistillState, Metrics]:
         batch = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items() if name != "record"}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        for_stream, for_critic, for_student = jax.random.split(key, 3)
-        streamed = stream(state, frozen["params"], batch, for_stream)
-        clip = judged_clip(streamed[0])
+        block_frames = roles.student(state.params, frozen["params"]).config.block_frames
+        course, draws = draw(key, batch, block_frames)
 
-        noise, t_BF = draw_noise(for_critic, clip, streamed[0].exits[0])
-        value, gradient = jax.value_and_grad(critic_loss)(
-            state.critic, frozen["params"], batch, clip, noise, t_BF
-        )
+        def stream_and_judge(samples: tuple[Batch, Draws], _: Any) -> tuple[tuple[Array, Params], Streamed]:
+            """-> ((the critic's loss, its gradient), what was streamed)."""
+            streamed = stream(state.params, frozen["params"], *samples, course)
+            clip = judged_clip(streamed)
+            critic = jax.value_and_grad(critic_loss)
+            return critic(state.critic, frozen["params"], samples[0], clip, samples[1].critic), streamed
+
+        (value, gradient), streamed = in_parts(stream_and_judge, (batch, draws), parts)
         norm = optax.tree.norm(gradient)
         good, usual = judge(state.usual, value, norm, train.spike)
         critic, critic_optimizer = update(
@@ -339,7 +300,7 @@ def make_distill_step(
         turn &= good & (state.step >= config.critic_warmup)
         state, student_good = jax.lax.cond(
             turn,
-            lambda state: teach_student(state, frozen, batch, streamed, for_student, rate),
+            lambda state: teach_student(state, frozen, batch, draws, course, streamed, rate),
             lambda state: (state, jnp.array(True)),
             state,
         )
@@ -349,7 +310,7 @@ def make_distill_step(
             "grad_norm": norm,
             "bad": 1.0 - (good & student_good),
             "student_turn": turn.astype(jnp.float32),
-            "spread": jnp.std(clip),
+            "spread": jnp.std(judged_clip(streamed)),
             "updates": state.updates.astype(jnp.float32),
             **state.report,
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ from lavatar_jax.training.state import LossFn, Params, TrainState, create_state,
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OdeRun(DistillRun):
     """As for stage 2, without `rollout`, `dyna` and `distill`, and of `loss` only the teacher's guidance."""
+
+    whole_batch: ClassVar[bool] = False
 
     out: str = "runs/ode"
     substeps: int = 4  # of the teacher for each step of the student

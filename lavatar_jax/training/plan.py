@@ -41,7 +41,6 @@ class Subject:
     layer: tuple[Weights[Any], LossFn] | None = None
     cache: Any = None
     heads: int = 1
-    accumulates: bool = True  # can compute a batch in parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +147,7 @@ class Planner:
         """Ways to share a step, those with the least communication first."""
         for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0 and self.subject.heads % n == 0):
             shards = devices // tensor
-            batch = -(-self.run.train.batch // shards) * shards if self.subject.accumulates else shards
+            batch = -(-self.run.train.batch // shards) * shards
             for fsdp in (2**n for n in range(shards.bit_length()) if shards % 2**n == 0):
                 parts = batch // shards
                 # At least as many as were asked for, where there are so many samples on a device.

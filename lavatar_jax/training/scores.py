@@ -95,10 +95,12 @@ def make_denoiser(
 
 
 def make_judges(
-    teacher: CausalDiT, critic: CausalDiT, batch: Batch, config: ScoreConfig, grid: FlowGrid
+    teacher: CausalDiT, critic: CausalDiT, batch: Batch, bare: Batch, config: ScoreConfig, grid: FlowGrid
 ) -> dict[str, Any]:
-    """The `Denoiser`s that `dmd.dmd_loss` asks about a batch, by the names that it has for them."""
-    bare = unconditional(batch, config)
+    """The `Denoiser`s that `dmd.dmd_loss` asks about a batch, by the names that it has for them.
+
+    `bare`: the batch as guidance leads away from it (`unconditional`).
+    """
     return {
         "real": make_denoiser(teacher, batch, config, grid),
         "real_uncond": make_denoiser(teacher, bare, config, grid),

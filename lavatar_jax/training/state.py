@@ -110,35 +110,45 @@ TrainStep = Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Met
 Gradients = Callable[[Params, Params, Any, jax.Array], tuple[tuple[jax.Array, Metrics], Params]]
 
 
-def gradients_of(loss_fn: LossFn, accumulate: int = 1) -> Gradients:
-    """`(params, frozen, batch, key) -> ((loss, metrics), gradient)`, in `accumulate` parts.
+def in_parts(part: Callable[[Any, Any], tuple[Any, Any]], samples: Any, count: int) -> tuple[Any, Any]:
+    """Compute a batch (pytree of [B, ...]) in `count` parts, one after the other.
 
-    Parts run one after the other, so that activations of one are in memory; loss, metrics and gradient are
-    the means. Every part takes every `accumulate`-th sample: each device splits the samples that it has.
+    So what a part needs in between is in memory once. `part(samples, index) -> (common, own)` of a part's
+    samples and its number; the result is the mean of `common`, and `own` [B, ...] of all samples.
+    Every part takes every `count`-th sample: each device splits the samples that it has.
     """
+    if count == 1:
+        return part(samples, 0)
+
+    def one(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+        samples, index = inputs
+        common, own = part(jax.tree.map(split_samples, samples), index)
+        return jax.tree.map(jnp.add, total, common), own
+
+    parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), samples)
+    shape, _ = jax.eval_shape(part, jax.tree.map(lambda leaf: leaf[0], parts), 0)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+    total, own = jax.lax.scan(one, zero, (parts, jnp.arange(count)))
+    own = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), own)
+    return jax.tree.map(lambda leaf: leaf / count, total), jax.tree.map(split_samples, own)
+
+
+def gradients_of(loss_fn: LossFn, accumulate: int = 1) -> Gradients:
+    """`(params, frozen, batch, key) -> ((loss, metrics), gradient)`, the means of `accumulate` parts."""
     whole = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         return whole
 
-    def in_parts(
+    def gradients(
         params: Params, frozen: Params, batch: Any, key: jax.Array
     ) -> tuple[tuple[jax.Array, Metrics], Params]:
-        parts = jax.tree.map(
-            lambda leaf: jnp.moveaxis(leaf.reshape(-1, accumulate, *leaf.shape[1:]), 1, 0), batch
-        )
         keys = jax.random.split(key, accumulate)
+        means, _ = in_parts(
+            lambda samples, index: (whole(params, frozen, samples, keys[index]), ()), batch, accumulate
+        )
+        return means
 
-        def part(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            samples, key = inputs
-            samples = jax.tree.map(split_samples, samples)
-            return jax.tree.map(jnp.add, total, whole(params, frozen, samples, key)), None
-
-        shape = jax.eval_shape(whole, params, frozen, jax.tree.map(lambda leaf: leaf[0], parts), keys[0])
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-        total, _ = jax.lax.scan(part, zero, (parts, keys))
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
-
-    return in_parts
+    return gradients
 
 
 def follow(average: Params, params: Params, step: jax.Array, decay: float) -> Params:

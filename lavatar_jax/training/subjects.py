@@ -16,7 +16,7 @@ from lavatar_jax.training import decoder, diffusion_forcing, vae
 from lavatar_jax.training.decoder import DecoderRun
 from lavatar_jax.training.diffusion_forcing import DiTRun
 from lavatar_jax.training.distill import DistillRun, make_roles, make_step, sampler_rollout
-from lavatar_jax.training.distill_step import create_distill_state
+from lavatar_jax.training.distill_state import create_distill_state
 from lavatar_jax.training.ode_init import OdeRun, make_ode_loss
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.plan import Subject
@@ -117,7 +117,6 @@ def _distill(run: DistillRun) -> Subject:
         layer=loss_of(_one_layer(run)),
         cache=jax.eval_shape(cache, weights.params, weights.frozen, batch),
         heads=run.model.heads,
-        accumulates=False,
     )
 
 

@@ -33,6 +33,11 @@ WRONG: list[tuple[str, tuple[str, ...], str]] = [
     ("configs/tiny_dit.py", ("--mesh.fsdp", "0"), "--mesh.fsdp 0: give the number of devices"),
     ("configs/tiny_distill.py", ("--train.batch", "1"), "--score.without-audio other leads away"),
     (
+        "configs/tiny_ode.py",
+        ("--train.batch", "4", "--train.accumulate", "4"),
+        "--train.batch 4 has none in each of 4 parts",
+    ),
+    (
         "configs/tiny_distill.py",
         ("--train.batch", "1", "--score.without-audio", "zeros"),
         "--distill.run-in 3 takes blocks of another clip",

@@ -30,7 +30,8 @@ from lavatar_jax.training.distill import (
     starting_weights,
     train_distill,
 )
-from lavatar_jax.training.distill_step import DistillConfig, DistillState, create_distill_state
+from lavatar_jax.training.distill_state import DistillState, create_distill_state
+from lavatar_jax.training.distill_step import DistillConfig
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
@@ -104,7 +105,7 @@ def make_run(folder: Path) -> DistillRun:
         distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0, run_in=1),
         optim=OptimConfig(kind="adamw"),
         critic_optim=OptimConfig(kind="adamw"),
-        train=LoopConfig(steps=4, learning_rate=1e-2, batch=2, ema_decay=0.9, log_every=1),
+        train=LoopConfig(steps=4, learning_rate=1e-2, batch=4, ema_decay=0.9, log_every=1),
     )
 
 
@@ -158,8 +159,11 @@ def test_a_student_goes_on_exactly_between_its_turns(
     assert logged(run) == logged(trained[0])
 
 
-def test_two_devices_make_the_losses_of_one(trained: tuple[DistillRun, DistillState], tmp_path: Path) -> None:
-    run = dataclasses.replace(trained[0], out=str(tmp_path / "split"), mesh=MeshConfig(fsdp=2))
+def test_two_devices_make_in_parts_the_losses_of_one(
+    trained: tuple[DistillRun, DistillState], tmp_path: Path
+) -> None:
+    train = dataclasses.replace(trained[0].train, accumulate=2)
+    run = dataclasses.replace(trained[0], out=str(tmp_path / "split"), mesh=MeshConfig(fsdp=2), train=train)
     state = train_distill(run)
     for tree in (state.params, state.critic, state.average):
         leaf = tree["blocks.ffn.inner.weight"]

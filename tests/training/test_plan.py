@@ -63,7 +63,7 @@ def test_the_14b_stage_1_fits_its_devices() -> None:
     assert planner.memory(1, 8, 1, 1)["frozen"] < whole["frozen"] / 7.5
 
 
-def test_the_14b_stage_2_fits_128_devices_on_the_mesh_of_its_config() -> None:
+def test_the_14b_stage_2_fits_its_devices_and_keeps_its_batch() -> None:
     run = load_config(str(ROOT / "configs" / "wan14b_distill.py"))
     planner, mesh = Planner(run, subject(run)), run.mesh
     assert run.train.batch * mesh.tensor == 128, "one clip for each group of devices that share it"
@@ -72,6 +72,10 @@ def test_the_14b_stage_2_fits_128_devices_on_the_mesh_of_its_config() -> None:
     # Four rings of 40 layers: a sink of one frame and 4 blocks of 3 frames, of 45 x 25 tokens each.
     rings, sink = 4 * 2 * 40 * 13 * 1125 * 5120, 40 * 1125 * 5120
     assert memory["cache"] == pytest.approx(2 * (rings + sink) / mesh.tensor, rel=0.01)
+    for devices, parts in ((128, 1), (64, 2), (8, 16)):
+        layout = planner.suggest(devices, 80)
+        assert layout.fits(80)
+        assert (layout.tensor, layout.batch, layout.accumulate) == (mesh.tensor, run.train.batch, parts)
 
 
 def test_the_14b_stage_0_fits_one_device_a_clip() -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavatar_jax.training.flow_grid import FlowGrid
-from lavatar_jax.training.scores import ScoreConfig, make_denoiser, make_judges
+from lavatar_jax.training.scores import ScoreConfig, make_denoiser, make_judges, unconditional
 from tests.tiny import normal, random_dit, tiny_config
 
 TEACHER, CRITIC = random_dit(tiny_config(), seed=0), random_dit(tiny_config(), seed=1)
@@ -31,7 +31,7 @@ def test_each_judge_sees_its_own_conditions() -> None:
 
     @jax.jit
     def guesses(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        judges = make_judges(TEACHER, CRITIC, batch, config, GRID)
+        judges = make_judges(TEACHER, CRITIC, batch, unconditional(batch, config), config, GRID)
         return {name: judge(noisy, t_BF) for name, judge in judges.items()}
 
     found = guesses(BATCH)
