@@ -24,6 +24,7 @@ WRONG: list[tuple[str, tuple[str, ...], str]] = [
     ("README.md", (), "README.md is no Python file"),
     ("configs/tiny_dit.py", ("--train.bach", "4"), "--train.bach"),
     ("configs/tiny_dit.py", ("--train.batch", "many"), "--train.batch"),
+    ("configs/tiny_dit.py", ("--model.width", "270"), "width 270 must be a multiple of audio_tokens, 4"),
     ("configs/tiny_dit.py", ("--train.batch", "0"), "--train.batch must be more than 0, not 0"),
     ("configs/tiny_dit.py", ("--train.batch", "0", "--plan"), "--train.batch must be more than 0, not 0"),
     ("configs/tiny_dit.py", ("--train.ema-decay", "1.5"), "--train.ema-decay must be from 0 to below 1"),
