@@ -33,6 +33,7 @@ from lavatar_jax.training.scores import Batch, ScoreConfig, make_denoiser, make_
 from lavatar_jax.training.self_forcing import (
     Rollout,
     SelfForcingConfig,
+    gradient_of_rollout,
     learns,
     replay_gradient,
     roll_out,
@@ -197,7 +198,8 @@ def make_distill_step(
         blocks, _, frames = x0.shape[:3]
         judged = jnp.arange(blocks) >= config.run_in
         learning = judged & learns(frames * jnp.arange(blocks), frames * blocks, rollout)
-        gradient = replay_gradient(
+        differentiate = replay_gradient if rollout.replay else gradient_of_rollout
+        gradient = differentiate(
             predict(frozen),
             state.params,
             Rollout(x0, noisy, course.exits, context, None),

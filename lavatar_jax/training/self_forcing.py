@@ -64,6 +64,7 @@ class SelfForcingConfig:
     last_only: bool = False  # always leave at the last step
     exit_weights: tuple[float, ...] = ()  # how often to leave at each step; () is uniform
     grad_frames: int = 21  # latent frames at the end of the video that learn
+    replay: bool = True  # False: one backward pass through all blocks, whose memory grows with their number
 
     @property
     def grid(self) -> FlowGrid:
@@ -200,6 +201,38 @@ def roll_out(
     steps = (noise, renoise, exits, inputs, truth, starts)
     cache, (x0, noisy, context) = jax.lax.scan(block, cache, steps)
     return Rollout(x0, noisy, exits, context, cache)
+
+
+def gradient_of_rollout(
+    predict: Predict,
+    params: Params,
+    rollout: Rollout,
+    inputs: Any,
+    cache: Any,
+    slope: Float[Array, "K B F H W C"],
+    learning: Bool[Array, " K"],
+    config: SelfForcingConfig,
+) -> Params:
+    """What `replay_gradient` computes, and its arguments, by one backward pass through the whole rollout.
+
+    Much memory, as the graphs of all blocks are kept; for comparison (`SelfForcingConfig.replay`).
+    """
+    fixed, cache = jax.lax.stop_gradient((params, cache))
+
+    def results(params: Params) -> Array:
+        def block(cache: Any, xs: tuple[Any, ...]) -> tuple[Any, Array]:
+            x, exit_step, context, own = xs
+            x0, filled = predict(params, x, config.level(exit_step), own, cache)
+            if context is not None:
+                _, filled = predict(fixed, context, config.context_level, own, filled)
+            return jax.lax.stop_gradient(filled), x0
+
+        _, x0 = jax.lax.scan(block, cache, (rollout.noisy, rollout.exits, rollout.context, inputs))
+        return x0
+
+    x0, transpose = jax.vjp(results, params)
+    (gradient,) = transpose((slope * learning.reshape(-1, *(1,) * (slope.ndim - 1))).astype(x0.dtype))
+    return gradient
 
 
 def replay_gradient(

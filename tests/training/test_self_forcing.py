@@ -12,6 +12,7 @@ from lavatar_jax.training.self_forcing import (
     SelfForcingConfig,
     denoised_range,
     draw_exits,
+    gradient_of_rollout,
     learns,
     replay_gradient,
     roll_out,
@@ -76,6 +77,8 @@ def test_replayed_gradients_are_those_of_the_whole_rollout(exits, options) -> No
         everywhere = jnp.ones(BLOCKS, bool)
         got = replay_gradient(predict, params, done, STARTS, cache, pull, everywhere, config)
         want = transpose(pull)[0]
+        at_once = gradient_of_rollout(predict, params, done, STARTS, cache, pull, everywhere, config)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), at_once, want)
         assert got["key"].dtype == jnp.float64
         np.testing.assert_allclose(done.x0, results, rtol=0, atol=1e-10)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), got, want)
@@ -86,6 +89,8 @@ def test_only_learning_blocks_add_to_the_gradient() -> None:
     done = roll_out(predict, params, noise, renoise, jnp.ones(BLOCKS, int), STARTS, cache, CONFIG)
     pull, last = normal(4, BLOCKS, *SHAPE), jnp.arange(BLOCKS) == BLOCKS - 1
     got = replay_gradient(predict, params, done, STARTS, cache, pull, last, CONFIG)
+    at_once = gradient_of_rollout(predict, params, done, STARTS, cache, pull, last, CONFIG)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), at_once, got)
     masked, everywhere = pull * last.reshape(-1, 1, 1, 1, 1, 1), jnp.ones(BLOCKS, bool)
     want = replay_gradient(predict, params, done, STARTS, cache, masked, everywhere, CONFIG)
     jax.tree.map(np.testing.assert_array_equal, got, want)
