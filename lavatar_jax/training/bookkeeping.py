@@ -95,8 +95,10 @@ class Bookkeeping:
         self.failure: UserError | None = None  # to raise when all is saved
         self._window: list[dict[str, Any]] = []
         self._times: list[float] = []  # that steps took
-        self._rates: list[float] = []  # samples a second in those steps
+        self._samples: list[int] = []  # in those steps
         self._landed: float | None = None
+        self._compiled = False
+        self._device = mesh.local_devices[0]
         gpu = find_gpu(mesh.devices.flat[0].device_kind)
         self._flops = flops / (gpu.bf16 * 1e12 * mesh.size) if gpu is not None and flops else None
 
@@ -113,7 +115,7 @@ class Bookkeeping:
         self.watch.pause()
         self._saved, self._landed = self.seconds, None
         yield
-        if self._times:  # else the next step compiles
+        if self._compiled:  # else the next step does
             self.watch.run()
             self._landed = time.perf_counter()
 
@@ -123,8 +125,8 @@ class Bookkeeping:
         now = time.perf_counter()
         if self._landed is not None:
             self._times.append(now - self._landed)
-            self._rates.append(flight.samples / self._times[-1])
-        self._landed = now
+            self._samples.append(flight.samples)
+        self._landed, self._compiled = now, True
         self.watch.run()  # from the first step on: its compilation is not training
         self.stopping, self.seconds = self.stopping or bool(agreed[0]), float(agreed[1])
         if (complaint := self._judge(flight, metrics)) is not None:
@@ -135,7 +137,7 @@ class Bookkeeping:
             self._window.append(metrics)
         if flight.step % self.config.log_every == 0 and self._window:
             self.log.steps(flight.step, self.done, self._summary(flight.rate))
-            self._window, self._times, self._rates = [], self._times[-1:], self._rates[-1:]
+            self._window, self._times, self._samples = [], [], []
 
     def _judge(self, flight: Flight, metrics: dict[str, Any]) -> str | None:
         records = flight.records
@@ -147,12 +149,17 @@ class Bookkeeping:
         return self.bad.check(flight.step, metrics, records)
 
     def _summary(self, rate: float) -> dict[str, float]:
-        """Means of the metrics over the last steps, and the throughput (median, robust to compilations)."""
+        """Means over the last steps: metrics, throughput, and the most memory that was in use so far.
+
+        Not medians: of five steps in stage 2 the one that teaches the student takes longest.
+        """
         window = self._window
         means = {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
         numbers = {"seconds": round(self.seconds, 1), "rate": rate, **means}
         if self._times:
-            numbers["samples_per_second"] = float(np.median(self._rates))
+            numbers["samples_per_second"] = sum(self._samples) / sum(self._times)
             if self._flops is not None:
-                numbers["mfu"] = self._flops / float(np.median(self._times))
+                numbers["mfu"] = self._flops * len(self._times) / sum(self._times)
+        if peak := (self._device.memory_stats() or {}).get("peak_bytes_in_use"):  # a CPU does not tell
+            numbers["peak_gb"] = peak / 1e9
         return numbers

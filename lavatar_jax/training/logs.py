@@ -86,6 +86,20 @@ class RunLog:
         status = f"loss {numbers['loss']:.4f}{speed}{mfu}"
         self._bar.update(self._task, completed=done, step=step, status=status)
 
+    def compiled(self, step: int, seconds: float, program: jax.stages.Compiled) -> None:
+        """That a program for the step after `step` was compiled, and the memory that it needs on a device."""
+        numbers: dict[str, float] = {"compile_seconds": round(seconds, 1)}
+        text = f"compiled in {seconds:.0f} s"
+        if (sizes := program.memory_analysis()) is not None:
+            numbers["arguments_gb"] = sizes.argument_size_in_bytes / 1e9
+            numbers["temporary_gb"] = sizes.temp_size_in_bytes / 1e9
+            text += (
+                f"; on each device {numbers['arguments_gb']:.3g} GB for state and batch, "
+                f"{numbers['temporary_gb']:.3g} GB while it computes"
+            )
+        self._write({"program": {"step": step, **numbers}})
+        self.say(text)
+
     def evaluation(self, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
         self._write({"evaluation": {"step": step, "seconds": round(seconds, 1), **numbers}})
         self._scalars(step, numbers, "evaluation")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -176,11 +177,21 @@ def fit(
     if accepted is not None:
         accepted()
     frozen = put_tree(frozen, state_shardings(frozen, mesh))
-    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    programs: dict[Any, jax.stages.Compiled] = {}
     run = Bookkeeping(config, int(state.step), float(state.seconds), flops, mesh)
     agree = Agreement(mesh)
     pending: Flight | None = None
     saved_step, sampled_at = -1, -math.inf
+
+    def compiled(placed: Any, *arguments: Any) -> jax.stages.Compiled:
+        """The step's program for a batch of this shape: clips of another size have one of their own."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(placed))
+        if shapes not in programs:
+            begun = time.perf_counter()
+            programs[shapes] = jitted.lower(*arguments).compile()
+            run.log.compiled(run.step, time.perf_counter() - begun, programs[shapes])
+        return programs[shapes]
 
     def save() -> None:
         nonlocal saved_step, sampled_at
@@ -218,7 +229,8 @@ def fit(
             run.log.profile(run.step)
             placed = put_batch(batch, mesh)
             samples = len(jax.tree.leaves(placed)[0])
-            state, metrics = compiled(state, frozen, placed, put_everywhere(np.float32(rate), mesh))
+            arguments = state, frozen, placed, put_everywhere(np.float32(rate), mesh)
+            state, metrics = compiled(placed, *arguments)(*arguments)
             run.step += 1
             records = batch.get("record") if isinstance(batch, dict) else None
             landed, pending = (

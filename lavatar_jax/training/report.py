@@ -36,6 +36,9 @@ def write_report(path: Path, run: Path, lines: Sequence[Mapping[str, Any]]) -> N
     if trained:
         last = trained[-1]
         parts.append(f"<p>step {last['step']}, {last.get('seconds', 0):.0f} s of training</p>")
+    if programs := [line["program"] for line in lines if "program" in line]:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in programs[-1].items() if name != "step")
+        parts.append(f"<p>program: {html.escape(numbers)}</p>")
     parts += ["<h2>Training</h2>", *_curves(trained)]
     if evaluated:
         parts += ["<h2>Evaluation</h2>", *_curves(evaluated)]

@@ -22,6 +22,7 @@ from tests.training.toy_run import BATCH, Batches, begin, mesh_of, train
 def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     step_fn, state, frozen = begin(mesh)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     (tmp_path / "config.json").write_text('{"<model>": 1}')
 
     def sample(state: Any, folder: Path) -> None:
@@ -45,6 +46,10 @@ def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
     assert "href" not in page
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    (program,) = (line["program"] for line in read_log(tmp_path / LOG) if "program" in line)
+    assert program["arguments_gb"] > 2e-9 * size, "parameters, and their average"
+    assert program["temporary_gb"] > 0 <= program["compile_seconds"]
+    assert f"temporary_gb {program['temporary_gb']:.4g}" in page
 
 
 def test_records_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -98,15 +98,17 @@ def test_muon_sees_kernels_as_input_by_output_and_leaves_the_rest():
     assert matrix_axes("table", jnp.zeros((6, 4)), ()) is None
 
 
-def test_the_throughput_is_of_the_samples_that_a_step_had(monkeypatch: pytest.MonkeyPatch):
+def test_the_throughput_is_of_all_steps_and_the_samples_that_they_had(monkeypatch: pytest.MonkeyPatch):
     mesh = train_mesh(MeshConfig(data=1))
     run = Bookkeeping(LoopConfig(steps=9, batch=100, log_every=4), 0, 0.0, None, mesh)
     logged: list[dict[str, float]] = []
     run.log = SimpleNamespace(steps=lambda step, done, numbers: logged.append(numbers))  # type: ignore[assignment]
-    for step in range(1, 5):
-        monkeypatch.setattr(time, "perf_counter", lambda step=step: 2.0 * step)
+    run._device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3e9})  # type: ignore[assignment]
+    for step, now in enumerate((2.0, 4.0, 6.0, 14.0), start=1):  # the first one is compiled too
+        monkeypatch.setattr(time, "perf_counter", lambda now=now: now)
         run.land(Flight(step, 0.1, {"loss": np.float32(1.0)}, (0.0, 1.0), samples=6, records=None))
-    assert logged[0]["samples_per_second"] == pytest.approx(3.0)
+    assert logged[0]["samples_per_second"] == pytest.approx(3 * 6 / 12)
+    assert logged[0]["peak_gb"] == 3.0
 
 
 def test_the_schedule_rises_stays_and_falls_to_zero():
