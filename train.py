@@ -5,6 +5,7 @@ See docs/training.md. `--plan` only says what memory it needs on how many device
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ USAGE = (
     "usage: python train.py configs/NAME.py [--plan] [--option value ...]; configs/NAME.py --help lists them"
 )
 
-DESCRIPTION = "Train this stage. --plan: only say what memory it needs, on 128, 64 and 8 devices."
+DESCRIPTION = (
+    "Train this stage. --plan: only say what memory it needs, on 128, 64 and 8 devices of 80 GB; "
+    "--plan-devices 1,4 and --plan-gpu a100: on others."
+)
 
 
 def load_config(path: str) -> Any:
@@ -34,6 +38,23 @@ def load_config(path: str) -> Any:
     return module.get_config()
 
 
+def parse_plan(options: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """-> (what is to be planned, the other options). Raises UserError."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--plan-devices", default="128,64,8")
+    parser.add_argument("--plan-gpu", default="h100")
+    try:
+        plan, rest = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    counts = plan.plan_devices.split(",")
+    if not all(count.isdigit() and int(count) for count in counts):
+        raise UserError(f"--plan-devices {plan.plan_devices}: give numbers of devices, such as 8,64")
+    plan.plan_devices = [int(count) for count in counts]
+    return plan, rest
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] in (["--help"], ["-h"]):
         print(USAGE)
@@ -42,19 +63,20 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"no config is named; {USAGE}")
     path, *options = arguments
     default = load_config(path)
-    only_plan = "--plan" in options
-    options = [option for option in options if option != "--plan"]
+    plan, options = parse_plan(options)
     config = parse_options(
         type(default), options, prog=f"train.py {path}", default=default, description=DESCRIPTION
     )
 
-    if only_plan:
+    if plan.plan:
+        from lavatar_jax.evaluation.devices import gpu
         from lavatar_jax.training.checks import check_run
         from lavatar_jax.training.plan import plan_text
         from lavatar_jax.training.subjects import subject
 
+        gpu(plan.plan_gpu)
         check_run(config)
-        print(plan_text(config, subject(config)))
+        print(plan_text(config, subject(config), counts=plan.plan_devices, gpu=plan.plan_gpu.lower()))
         return
 
     from lavatar_jax.training.distributed import initialize

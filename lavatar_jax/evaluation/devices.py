@@ -34,16 +34,20 @@ class Gpu:
         return self.ceiling * {"fp8": self.fp8, "bf16": self.bf16, "fp32": self.bf16 / 2}[dtype]
 
 
-# H100: others report about 790 TFLOP/s in bf16 (0.80 of nominal, at its power limit); H200 and H800 have the
-# same chip. The H20 is that chip cut to 15 % of the arithmetic, so power and memory never hold it back.
+# H100: others report about 790 TFLOP/s in bf16 (0.80 of nominal, at its power limit); H200, H800 and GH200
+# have the same chip. The H20 is that chip cut to 15 % of the arithmetic, so power and memory never hold it
+# back. The A100 has no 8-bit floats: they are computed in 16 bits.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(name="4090", bf16=165, fp8=330, memory=24, bandwidth=1008, link=25, power=450, ceiling=0.90),
         Gpu(name="5090", bf16=209, fp8=419, memory=32, bandwidth=1792, link=50, power=575, ceiling=0.90),
+        Gpu(name="l40s", bf16=362, fp8=733, memory=48, bandwidth=864, link=32, power=350, ceiling=0.80),
+        Gpu(name="a100", bf16=312, fp8=312, memory=80, bandwidth=2039, link=300, power=400, ceiling=0.80),
         Gpu(name="h20", bf16=148, fp8=296, memory=96, bandwidth=4000, link=450, power=400, ceiling=0.95),
         Gpu(name="h100", bf16=989, fp8=1979, memory=80, bandwidth=3350, link=450, power=700, ceiling=0.80),
         Gpu(name="h800", bf16=989, fp8=1979, memory=80, bandwidth=3350, link=200, power=700, ceiling=0.80),
+        Gpu(name="gh200", bf16=989, fp8=1979, memory=96, bandwidth=4000, link=450, power=900, ceiling=0.80),
         Gpu(name="h200", bf16=989, fp8=1979, memory=141, bandwidth=4800, link=450, power=700, ceiling=0.80),
         Gpu(name="b200", bf16=2250, fp8=4500, memory=180, bandwidth=8000, link=900, power=1000, ceiling=0.75),
     )

@@ -1,4 +1,5 @@
-"""Whether a run fits its devices, worked out from shapes alone: `train.py CONFIG --plan`.
+"""Whether a run fits its devices, worked out from shapes alone: `train.py CONFIG --plan` (`--plan-devices
+1,8`, `--plan-gpu a100`).
 
 Parameters and all that has their shapes are counted exactly. Activations are what the backward pass keeps, by
 the traced program; the compiler may need less, and the communication's buffers are left out.
@@ -30,8 +31,9 @@ class Subject:
 
     `state`: what training changes: `params`, `average`, `optimizer`, and `critic`, `critic_optimizer` where
     there is one. `loss`: the one whose backward pass keeps most. `layer`: weights and loss of the same model
-    with one layer and nothing recomputed; None where there are no layers. `cache`: keys and values that a
-    sample streams with; tensor parallelism splits their heads.
+    with one layer and nothing recomputed; None where there are no layers. `drawn`: what a sample has besides,
+    from the step's beginning to its end. `cache`: keys and values that a sample streams with; tensor
+    parallelism splits their heads.
     """
 
     weights: Weights[Any]
@@ -39,6 +41,7 @@ class Subject:
     loss: LossFn
     batch: dict[str, jax.ShapeDtypeStruct]  # one sample
     layer: tuple[Weights[Any], LossFn] | None = None
+    drawn: Any = None
     cache: Any = None
     heads: int = 1
 
@@ -126,6 +129,7 @@ class Planner:
         trained = [state.params, getattr(state, "critic", {})]
         optimizers = [state.optimizer, getattr(state, "critic_optimizer", {})]
         gradient = _bytes(state.params, fsdp, tensor)
+        given = _size(self.subject.batch) + _size(self.subject.drawn)
         gathered = 0.0
         if fsdp > 1:  # the layer that is computed, the next one on its way, and all that is no layer
             for name, leaf in {**weights.frozen, **weights.params}.items():
@@ -137,6 +141,8 @@ class Planner:
             "optimizer": _bytes(optimizers, fsdp, tensor),
             "average": _bytes(state.average, fsdp, tensor),
             "gradient": gradient * (1 + (accumulate > 1)),
+            # All parts of the batch, and their copies in the order in which they are computed.
+            "batch": samples * accumulate * (1 + (accumulate > 1)) * given,
             "weight copies": self.copies / (fsdp * tensor) + gathered,
             "activations": samples * self.activations,
             "working": samples * self.working,
@@ -162,6 +168,23 @@ class Planner:
                         memory=self.memory(parts // accumulate, fsdp, tensor, accumulate),
                     )
 
+    def configured(self, devices: int) -> Layout | None:
+        """As `--mesh` and `--train` say; None where so many devices cannot be shared so."""
+        train, mesh = self.run.train, self.run.mesh
+        data = mesh.data or devices // (mesh.fsdp * mesh.tensor)
+        if data * mesh.fsdp * mesh.tensor != devices or train.batch % (data * mesh.fsdp * train.accumulate):
+            return None
+        samples = train.batch // (data * mesh.fsdp * train.accumulate)
+        memory = self.memory(samples, mesh.fsdp, mesh.tensor, train.accumulate)
+        return Layout(
+            data=data,
+            fsdp=mesh.fsdp,
+            tensor=mesh.tensor,
+            batch=train.batch,
+            accumulate=train.accumulate,
+            memory=memory,
+        )
+
     def suggest(self, devices: int, memory_gb: float) -> Layout:
         """The first that fits, or the one that needs the least."""
         layouts = list(self.layouts(devices))
@@ -170,7 +193,7 @@ class Planner:
 
 
 def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: str = "h100") -> str:
-    """A table of the suggested layouts, for devices with the memory of `gpu`."""
+    """A table of the suggested layouts, and those of the run itself, for devices with the memory of `gpu`."""
     planner, memory_gb = Planner(run, subject), GPUS[gpu].memory
     trained, frozen = (
         sum(math.prod(leaf.shape) for leaf in part.values())
@@ -181,10 +204,12 @@ def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: s
         f"computed in {run.train.precision}, remat {run.train.remat}, {run.optim.kind}",
         f"GB on each device ({gpu.upper()}, {memory_gb:.0f} GB; {USABLE_MEMORY:.0%} usable)",
     ]
-    suggested = [planner.suggest(count, memory_gb) for count in counts]
-    purposes = list(suggested[0].memory)
+    layouts = [planner.suggest(count, memory_gb) for count in counts]
+    purposes = list(layouts[0].memory)
     lines.append("  ".join(["devices", "data x fsdp x tensor", "batch", "accumulate", *purposes, "total"]))
-    for layout in suggested:
+    own = [layout for layout in map(planner.configured, counts) if layout is not None]
+    own = [layout for layout in own if layout not in layouts]
+    for layout in (*layouts, *own):
         mesh = f"{layout.data} x {layout.fsdp} x {layout.tensor}"
         cells = [
             f"{layout.devices:7d}",
@@ -193,7 +218,7 @@ def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: s
             f"{layout.accumulate:10d}",
             *(f"{layout.memory[name] / 1e9:{len(name)}.2f}" for name in purposes),
             f"{layout.total_gb:5.1f}",
-            "fits" if layout.fits(memory_gb) else "DOES NOT FIT",
+            ("fits" if layout.fits(memory_gb) else "DOES NOT FIT") + ", as configured" * (layout in own),
         ]
         lines.append("  ".join(cells))
     return "\n".join(lines)

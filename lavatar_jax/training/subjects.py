@@ -17,6 +17,7 @@ from lavatar_jax.training.decoder import DecoderRun
 from lavatar_jax.training.diffusion_forcing import DiTRun
 from lavatar_jax.training.distill import DistillRun, make_roles, make_step, sampler_rollout
 from lavatar_jax.training.distill_state import create_distill_state
+from lavatar_jax.training.draws import make_draw
 from lavatar_jax.training.ode_init import OdeRun, make_ode_loss
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.plan import Subject
@@ -58,14 +59,14 @@ def _one_layer(run: Any) -> Any:
     return dataclasses.replace(run, model=model, train=dataclasses.replace(run.train, remat="none"))
 
 
-def _transformer(run: Any, loss_of: Callable[[Any], tuple[Weights[Any], LossFn]], *, motion: bool) -> Subject:
+def _transformer(run: Any, loss_of: Callable[[Any], tuple[Weights[Any], LossFn]]) -> Subject:
     """A network that learns on clips by one loss; `loss_of(run)` is its weights and that loss."""
     weights, loss = loss_of(run)
     return Subject(
         weights=weights,
         state=_state(run, weights.params),
         loss=loss,
-        batch=_sample(run, motion=motion),
+        batch=sample_of(run),
         layer=loss_of(_one_layer(run)),
         heads=run.model.heads,
     )
@@ -77,7 +78,7 @@ def _forcing(run: DiTRun) -> Subject:
         merge = compute_in(weights.merge, run.train.precision)
         return weights, diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
 
-    return _transformer(run, loss_of, motion=True)
+    return _transformer(run, loss_of)
 
 
 def _distill(run: DistillRun) -> Subject:
@@ -103,7 +104,17 @@ def _distill(run: DistillRun) -> Subject:
         ),
         weights.params,
     )
-    batch, roles = _sample(run, motion=False), make_roles(run)
+    if not run.rollout.replay:
+        raise UserError("--plan counts a student that learns block by block: leave --rollout.no-replay out")
+    batch, roles = sample_of(run), make_roles(run)
+    draw = make_draw(
+        run_in=run.distill.run_in,
+        rollout=sampler_rollout(run.rollout, run.sampling),
+        score=run.score,
+        loss=run.loss,
+        dyna=run.dyna,
+    )
+    _, drawn = jax.eval_shape(lambda batch: draw(jax.random.key(0), batch, run.model.block_frames), batch)
 
     def cache(params: Params, frozen: Params, batch: Any) -> Any:
         dit = roles.student(params, frozen)
@@ -115,6 +126,7 @@ def _distill(run: DistillRun) -> Subject:
         loss=loss,
         batch=batch,
         layer=loss_of(_one_layer(run)),
+        drawn=drawn,
         cache=jax.eval_shape(cache, weights.params, weights.frozen, batch),
         heads=run.model.heads,
     )
@@ -130,11 +142,11 @@ def _ode(run: OdeRun) -> Subject:
         weights = abstract_weights(run.make, run.lora)
         return _with_teacher(run, weights), make_ode_loss(run, make_roles(run))
 
-    return _transformer(run, loss_of, motion=False)
+    return _transformer(run, loss_of)
 
 
-def _sample(run: DiTRun | DistillRun, *, motion: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """One record as `record_batches` gives it."""
+def sample_of(run: DiTRun | DistillRun) -> dict[str, jax.ShapeDtypeStruct]:
+    """One record as `record_batches` gives it; only stage 1 knows motion frames."""
     model, (frames, height, width) = run.model, run.clip
     shapes: dict[str, tuple[int, ...]] = {
         "latent": (frames, height, width, model.latent_channels),
@@ -143,7 +155,7 @@ def _sample(run: DiTRun | DistillRun, *, motion: bool) -> dict[str, jax.ShapeDty
         "text": (model.text_len, model.text_dim),
         "mouth": (height, width),
     }
-    if motion and model.use_motion:
+    if model.use_motion and isinstance(run, DiTRun):
         shapes["motion"] = (model.motion_frames[1], height, width, model.latent_channels)
     return {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in shapes.items()}
 

@@ -72,10 +72,11 @@ def test_the_14b_stage_2_fits_its_devices_and_keeps_its_batch() -> None:
     # Four rings of 40 layers: a sink of one frame and 4 blocks of 3 frames, of 45 x 25 tokens each.
     rings, sink = 4 * 2 * 40 * 13 * 1125 * 5120, 40 * 1125 * 5120
     assert memory["cache"] == pytest.approx(2 * (rings + sink) / mesh.tensor, rel=0.01)
-    for devices, parts in ((128, 1), (64, 2), (8, 16)):
+    # Eight devices hold the clips and the draws of the whole batch: 2 is too few to share one in between.
+    for devices, tensor, parts in ((128, 2, 1), (64, 2, 2), (8, 4, 32)):
         layout = planner.suggest(devices, 80)
         assert layout.fits(80)
-        assert (layout.tensor, layout.batch, layout.accumulate) == (mesh.tensor, run.train.batch, parts)
+        assert (layout.tensor, layout.batch, layout.accumulate) == (tensor, run.train.batch, parts)
 
 
 def test_the_14b_stage_0_fits_one_device_a_clip() -> None:
