@@ -1,13 +1,15 @@
 """Samples a second, MFU and memory of a training step of stage 1, stage 2 or the ODE stage.
 
     python tools/bench_train.py configs/tiny_distill.py --variant=--rollout.no-replay
-    python tools/bench_train.py configs/wan14b_forcing.py --variant "--train.remat full" --train.remat none
-        --model.layers 30 --model.width 1536 --model.heads 12 --model.ffn-width 8960 --train.batch 1
+    python tools/bench_train.py configs/wan1_3b_forcing.py --variant "--train.remat full" --train.batch 2
 
 The config as it is, and each variant of it, runs as `train.py` runs it, in a process of its own, from random
 weights, on records of random numbers of the size that the config is made for. It is stopped when enough steps
-were timed. Options that are not listed here are train.py's, for all variants. Memory: what the compiler
-reserves for one step beside state and batch, and the most that was in use, where a device tells.
+were timed. Options that are not listed here are train.py's, for all variants (not those that this tool needs
+itself, such as --out). A run takes the devices that it would take: to compare on several, give --mesh.data.
+
+Memory on each device: of the step's arguments (state, frozen weights, batch), what the compiler reserves
+besides while it computes, and the most that was in use, where a device tells.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import datetime
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +38,7 @@ from lavatar_jax.files import write_text
 
 configure_jax()  # before jax is imported
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +50,7 @@ from lavatar_jax.training.checks import check_run
 from lavatar_jax.training.diffusion_forcing import DiTRun
 from lavatar_jax.training.distill import DistillRun
 from lavatar_jax.training.logs import LOG, read_log
-from lavatar_jax.training.subjects import subject
+from lavatar_jax.training.subjects import sample_of
 from train import load_config
 
 WINDOW = 5  # steps that are timed together; in stage 2 at least one turn of the student
@@ -68,7 +73,7 @@ def read_run(config: str, options: Sequence[str]) -> Any:
 def write_records(run: Any, folder: Path) -> None:
     """A batch of records of random numbers, of the size that `run` is made for."""
     random, channels = np.random.default_rng(0), run.model.latent_channels
-    shapes = {name: leaf.shape[1:] for name, leaf in subject(run).batch.items()}
+    shapes = {name: leaf.shape[1:] for name, leaf in sample_of(run).items()}
     record: dict[str, Any] = {
         name: random.normal(size=shape).astype(np.float16) for name, shape in shapes.items()
     }
@@ -106,7 +111,13 @@ def training_options(run: Any, folder: Path) -> list[str]:
 def started(command: list[str], output: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose words go to a file; killed in the end."""
     with open(output, "wb") as words:
-        process = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},  # to time the compiler too
+        )
         try:
             yield process
         finally:
@@ -121,10 +132,7 @@ def last_words(output: Path) -> str:
 
 
 def measure(config: str, options: list[str], windows: int) -> dict[str, Any]:
-    """One variant: train until so many windows of steps were timed, or it ends by itself.
-
-    Raises UserError where train.py refuses the options.
-    """
+    """One variant: train until so many windows of steps were timed, or it ends by itself (`failed`)."""
     run = read_run(config, options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -138,14 +146,12 @@ def measure(config: str, options: list[str], windows: int) -> dict[str, Any]:
                 lines = list(read_log(log))
                 timed = [line for line in lines if "samples_per_second" in line]
             code = process.poll()
-        if code == 2:
-            raise UserError(last_words(output).removeprefix("error: "))
         if code is not None:
-            return {"failed": last_words(output)}
+            return {"failed": f"exit code {code}: {last_words(output)}"}
         program = next(line["program"] for line in lines if "program" in line)
         timed = timed[1 : windows + 1]  # in the first one programs and caches were still warming up
     rates = [line["samples_per_second"] for line in timed]
-    mean = len(rates) / sum(1 / rate for rate in rates)  # windows have equally many samples
+    mean = harmonic_mean(rates)  # windows have equally many samples
     row = {
         "step_ms": 1e3 * run.train.batch / mean,
         "samples_per_second": mean,
@@ -154,17 +160,18 @@ def measure(config: str, options: list[str], windows: int) -> dict[str, Any]:
         **{name: value for name, value in program.items() if name != "step"},
     }
     if "mfu" in timed[-1]:
-        row["mfu"] = sum(line["mfu"] for line in timed) / len(timed)
+        row["mfu"] = harmonic_mean([line["mfu"] for line in timed])
     if "peak_gb" in timed[-1]:
         row["peak_gb"] = timed[-1]["peak_gb"]
     return row
 
 
 COLUMNS = {
+    "devices": ("devices", "{}"),
     "step_ms": ("ms a step", "{:.1f}"),
     "samples_per_second": ("samples/s", "{:.3g}"),
     "mfu": ("MFU", "{:.1%}"),
-    "arguments_gb": ("state, batch GB", "{:.3g}"),
+    "arguments_gb": ("arguments GB", "{:.3g}"),
     "temporary_gb": ("temporary GB", "{:.3g}"),
     "peak_gb": ("peak GB", "{:.3g}"),
     "compile_seconds": ("compiled in s", "{:.0f}"),
@@ -192,11 +199,13 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4, help=f"that are timed, of {WINDOW} steps or more")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options, common = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what was started
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the devices to those that it starts
     if options.json:
         check_output(options.json, ".json")
     if options.windows < 1:
         raise UserError(f"--windows {options.windows}: at least one must be timed")
-    variants = {text: [*common, *text.split()] for text in ("", *options.variant)}
+    variants = {text: [*common, *shlex.split(text)] for text in ("", *options.variant)}
     for words in variants.values():  # before any of them takes minutes
         read_run(options.config, words)
     found = json.loads(subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, check=True).stdout)
@@ -206,7 +215,7 @@ def main() -> int:
         "devices": count,
         "jax": version,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python tools/bench_train.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "tools/bench_train.py", *sys.argv[1:]]),
     }
     results: dict[str, dict[str, Any]] = {}
     for text, words in variants.items():

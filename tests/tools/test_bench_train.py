@@ -44,17 +44,65 @@ def test_what_a_variant_cannot_have_is_told_before_any_is_measured(
             run(monkeypatch, *arguments)
 
 
-@pytest.mark.parametrize(("code", "expected"), [(1, "RESOURCE_EXHAUSTED: an error"), (-9, "no word")])
+def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Another train.py."""
+    (folder / "train.py").write_text("import json, os, sys, time\nfrom pathlib import Path\n" + program)
+    monkeypatch.setattr(bench_train, "ROOT", folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("print('RESOURCE_EXHAUSTED: an error'); print('bye'); sys.exit(1)", "exit code 1: RESOURCE_EXH"),
+        (
+            "print('error: a batch of 1'); sys.exit(2)",
+            "exit code 2: error: a batch of 1",
+        ),
+        ("os.kill(os.getpid(), 9)", "exit code -9: no word"),
+    ],
+)
 def test_a_variant_that_ends_by_itself_is_shown_as_failed(
-    code: int,
+    end: str,
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = "print('RESOURCE_EXHAUSTED: an error'); print('bye'); sys.exit(1)"
-    end = words if code == 1 else "os.kill(os.getpid(), 9)"
-    (tmp_path / "train.py").write_text(f"import os, sys\n{end}\n")
-    monkeypatch.setattr(bench_train, "ROOT", tmp_path)
+    pretend(tmp_path, monkeypatch, end)
     assert run(monkeypatch, "configs/tiny_dit.py", *SMALL) == 1
     assert f"as configured: {expected}" in capsys.readouterr().out
+
+
+LOGGED = """
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+lines = [{"program": {"step": 0, "devices": 3, "compile_seconds": 7.0, "temporary_gb": 0.5}}]
+lines += [{"step": 6 * i, "samples_per_second": rate, "mfu": rate / 10, "peak_gb": rate}
+          for i, rate in enumerate((100.0, 2.0, 4.0, 50.0), 1)]
+(out / "log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+Path(__file__).with_name("arguments").write_text(" ".join(sys.argv))
+time.sleep(100)
+"""
+
+
+def test_windows_after_the_first_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(tmp_path, monkeypatch, LOGGED)
+    options = [*SMALL, "--train.batch", "2", "--distill.update-ratio", "3", "--lora.rank", "2"]
+    row = bench_train.measure("configs/tiny_distill.py", options, windows=2)
+    assert row == {
+        "step_ms": pytest.approx(750.0),  # 2 samples at 2.67 a second
+        "samples_per_second": pytest.approx(8 / 3),
+        "slowest": 2.0,
+        "fastest": 4.0,
+        "devices": 3,
+        "compile_seconds": 7.0,
+        "temporary_gb": 0.5,
+        "mfu": pytest.approx(0.8 / 3),
+        "peak_gb": 4.0,
+    }
+    said = (tmp_path / "arguments").read_text()
+    assert "--train.log-every 6 " in said, "whole turns of the student"
+    assert "--distill.critic-warmup 0" in said
+    assert "--init None" in said
+    assert "--lora.init None" in said
+    assert "--teacher None" in said
