@@ -87,8 +87,8 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must split into {self.heads} heads of an even dimension")
-        if self.width % self.audio_tokens:
-            raise ValueError(f"width {self.width} must be a multiple of audio_tokens, {self.audio_tokens}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4, for the audio encoder")
         if any(not 0 <= layer < self.layers for layer in self.inject_layers):
             raise ValueError(f"inject_layers {self.inject_layers} must lie in [0, {self.layers})")
 
