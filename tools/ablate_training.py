@@ -87,7 +87,7 @@ def train(config: str, out: Path, steps: int, options: Sequence[str]) -> None:
         except KeyboardInterrupt:
             process.wait()  # it saves
             raise
-    if code:
+    if code not in (0, 130):  # 130: it was stopped, and has saved
         raise UserError(f"a training ended with exit code {code}: {shlex.join(command)}")
     if (reached := result_step(out)) != steps:
         raise UserError(f"a training was stopped at step {reached} of {steps}; run this again to go on")

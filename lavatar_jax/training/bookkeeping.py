@@ -110,14 +110,25 @@ class Bookkeeping:
     def checkpoint_due(self) -> bool:
         return self.seconds - self._saved >= self.config.checkpoint_seconds
 
+    def saved(self) -> None:
+        self._saved = self.seconds
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """What takes time and is no training."""
         self.watch.pause()
-        self._saved, self._landed = self.seconds, None
+        self._landed = None
         yield
         if self._compiled:  # else the next step does
             self.watch.run()
             self._landed = time.perf_counter()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """A pause while a step may still be on its way, which is not timed then."""
+        with self.paused():
+            yield
+        self._landed = None
 
     def land(self, flight: Flight) -> None:
         """Wait for a step, and take in what it says."""

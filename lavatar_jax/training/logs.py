@@ -7,6 +7,8 @@ import dataclasses
 import json
 import logging
 import math
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +24,13 @@ from lavatar_jax.training.report import write_report
 
 log = logging.getLogger(__name__)
 LOG, REPORT, TENSORBOARD, PROFILE = "log.jsonl", "report.html", "tensorboard", "profile"
+PROFILED = 5  # steps, where a signal asks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """`tensorboard` needs the extra `log`; without it there is none. `profile_steps`: first and last step of
-    a profile that xprof or TensorBoard shows."""
+    a profile that xprof or TensorBoard shows; signal SIGUSR1 asks for one of the next steps."""
 
     tensorboard: bool = True
     report: bool = True
@@ -40,7 +43,8 @@ class RunLog:
     def __init__(self, out: Path, config: LogConfig) -> None:
         self.out, self.config = out, config
         self.first = jax.process_index() == 0
-        self._profiling = False
+        self._profile_until: int | None = None
+        self._profile_asked = False
         columns = (
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
@@ -49,6 +53,7 @@ class RunLog:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, disable=not self.first)
+        self._usual_handler: Any = None
         self._task = self._bar.add_task("", total=1.0, step=0, status="compiling")
         self._board: Any = None
 
@@ -57,13 +62,20 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             self._file = open(self.out / LOG, "a")
             self._board = _board(self.out / TENSORBOARD) if self.config.tensorboard else None
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1"):
+            self._usual_handler = signal.signal(signal.SIGUSR1, self._ask_for_profile)
         self._bar.start()
         return self
 
+    def _ask_for_profile(self, signum: int, frame: Any) -> None:
+        self._profile_asked = True
+
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._bar.stop()
-        if self._profiling:
+        if self._profile_until is not None:
             jax.profiler.stop_trace()
+        if self._usual_handler is not None:
+            signal.signal(signal.SIGUSR1, self._usual_handler)
         if self.first:
             if skipped := self._skipped():
                 self.say(
@@ -86,15 +98,16 @@ class RunLog:
         status = f"loss {numbers['loss']:.4f}{speed}{mfu}"
         self._bar.update(self._task, completed=done, step=step, status=status)
 
-    def compiled(self, step: int, seconds: float, program: jax.stages.Compiled) -> None:
-        """That a program for the step after `step` was compiled, and the memory that it needs on a device."""
-        numbers: dict[str, float] = {"compile_seconds": round(seconds, 1)}
+    def compiled(self, step: int, seconds: float, program: jax.stages.Compiled, devices: int) -> None:
+        """That a program for the step after `step` was compiled, and the memory that it needs on each device:
+        for its arguments (state, frozen weights, batch) and while it computes."""
+        numbers: dict[str, float] = {"devices": devices, "compile_seconds": round(seconds, 1)}
         text = f"compiled in {seconds:.0f} s"
         if (sizes := program.memory_analysis()) is not None:
             numbers["arguments_gb"] = sizes.argument_size_in_bytes / 1e9
             numbers["temporary_gb"] = sizes.temp_size_in_bytes / 1e9
             text += (
-                f"; on each device {numbers['arguments_gb']:.3g} GB for state and batch, "
+                f"; on each device {numbers['arguments_gb']:.3g} GB for state, frozen weights and batch, "
                 f"{numbers['temporary_gb']:.3g} GB while it computes"
             )
         self._write({"program": {"step": step, **numbers}})
@@ -118,15 +131,17 @@ class RunLog:
 
     def profile(self, step: int) -> None:
         """Called before each step; starts and stops the profile that was asked for."""
-        if self.config.profile_steps is None:
+        if self._profile_until is not None:
+            if step > self._profile_until:
+                jax.profiler.stop_trace()
+                self._profile_until = None
+                self.say(f"profile written to {self.out / PROFILE}")
             return
-        start, last = self.config.profile_steps
-        if step == start and not self._profiling:
+        start, last = self.config.profile_steps or (math.inf, -1)
+        if self._profile_asked or start <= step <= last:
+            self._profile_until = step + PROFILED - 1 if self._profile_asked else last
+            self._profile_asked = False
             jax.profiler.start_trace(str(self.out / PROFILE))
-            self._profiling = True
-        elif step > last and self._profiling:
-            jax.profiler.stop_trace()
-            self._profiling = False
 
     def report(self) -> None:
         if self.first and self.config.report:

@@ -128,7 +128,7 @@ def fit(
     stop_at: int | None = None,
     accepted: Callable[[], None] | None = None,
 ) -> State:
-    """Train until the schedule ends, an interruption, or step `stop_at`; return the last state.
+    """Train until the schedule ends, or step `stop_at`; return the last state.
 
     Starts from the newest checkpoint in `out/checkpoints` when there is one, with the data iterator where it
     was, on whatever mesh there is now. Writes logs (`RunLog`), and checkpoints at intervals and at the end.
@@ -149,7 +149,8 @@ def fit(
         accepted: runs once it is sure that the run can go on from what is in `out`.
 
     Raises UserError when `out` holds a checkpoint of another model, when batches do not fit the mesh, when
-    nothing measures what is to choose the best checkpoint, and when a bad step is to stop the run.
+    nothing measures what is to choose the best checkpoint, and when a bad step is to stop the run. Raises
+    KeyboardInterrupt after an interruption (in any process), when all is saved.
     """
     mesh = train_mesh(MeshConfig(data=1), jax.devices()[:1]) if mesh is None else mesh
     check_batch(config, mesh)
@@ -186,16 +187,19 @@ def fit(
 
     def compiled(placed: Any, *arguments: Any) -> jax.stages.Compiled:
         """The step's program for a batch of this shape: clips of another size have one of their own."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(placed))
-        if shapes not in programs:
+        leaves, structure = jax.tree.flatten(placed)
+        kind = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if kind not in programs:
             begun = time.perf_counter()
-            programs[shapes] = jitted.lower(*arguments).compile()
-            run.log.compiled(run.step, time.perf_counter() - begun, programs[shapes])
-        return programs[shapes]
+            with run.compiling():
+                programs[kind] = jitted.lower(*arguments).compile()
+            run.log.compiled(run.step, time.perf_counter() - begun, programs[kind], mesh.size)
+        return programs[kind]
 
     def save() -> None:
         nonlocal saved_step, sampled_at
         saved_step = run.step
+        run.saved()
         with jax.transfer_guard("allow"), sharded_training(None), run.paused():
             whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
             run.log.saving(run.step, run.done)
@@ -241,7 +245,7 @@ def fit(
             )
             if landed is not None:  # the one before: the devices have the next to work on meanwhile
                 run.land(landed)
-            if run.checkpoint_due:
+            if run.checkpoint_due or checkpoints.stays(run.step):
                 run.land(pending)
                 pending = None
                 save()
@@ -250,6 +254,11 @@ def fit(
         if run.step != saved_step:
             save()
         checkpoints.close()
+        stopped = run.stopping and run.failure is None and run.done < 1.0
+        if stopped:
+            run.log.say(f"stopped at step {run.step}, which is saved: the same command goes on from there")
     if run.failure is not None:
         raise run.failure
+    if stopped:
+        raise KeyboardInterrupt  # or what comes after this stage would begin with half of it
     return state

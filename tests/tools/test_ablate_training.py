@@ -101,8 +101,11 @@ def test_a_failed_training_ends_the_call(tmp_path: Path) -> None:
 def test_a_training_that_was_stopped_gives_no_student(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """SIGTERM: it saves, and its exit code is 0."""
-    monkeypatch.setattr(ablate_training.sys, "executable", "true")
+    """SIGTERM: it saves, and its exit code is 130."""
+    stopped = tmp_path / "python"
+    stopped.write_text("#!/bin/sh\nexit 130\n")
+    stopped.chmod(0o755)
+    monkeypatch.setattr(ablate_training.sys, "executable", str(stopped))
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="stopped at step 3 of 5"):
         ablate_training.train("configs/none.py", tmp_path, 5, [])

@@ -79,13 +79,15 @@ def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
         np.testing.assert_array_equal(value, found[name], err_msg=name)
 
 
-def test_sigterm_saves_and_ends_well(whole: Path, tmp_path: Path):
+def test_sigterm_saves_and_ends_so_that_nothing_goes_on_without_it(whole: Path, tmp_path: Path):
     process = start(tmp_path, "--slow", 0.3)
     wait_for_step(process, 2)
     process.send_signal(signal.SIGTERM)
-    assert "done" in finish(process)
+    said = finish(process, 130)
     stopped = len(losses(tmp_path))
     assert 2 <= stopped < STEPS
+    assert f"stopped at step {stopped}, which is saved" in said
+    assert "done" not in said
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     assert checkpoints.manager.latest_step() == stopped
     checkpoints.close()

@@ -1,6 +1,7 @@
 """What a run writes about itself."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,29 @@ def test_a_run_leaves_curves_samples_tensorboard_and_a_profile(tmp_path: Path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     (program,) = (line["program"] for line in read_log(tmp_path / LOG) if "program" in line)
     assert program["arguments_gb"] > 2e-9 * size, "parameters, and their average"
-    assert program["temporary_gb"] > 0 <= program["compile_seconds"]
+    assert program["temporary_gb"] > 0
+    assert program["devices"] == 1
     assert f"temporary_gb {program['temporary_gb']:.4g}" in page
+
+
+def test_a_signal_asks_for_a_profile_of_the_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+    profiled: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: profiled.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: profiled.append("end"))
+
+    class Asking(Batches):
+        def __next__(self) -> Any:
+            if self.taken == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            profiled.append(f"batch {self.taken}")
+            return super().__next__()
+
+    before = signal.getsignal(signal.SIGUSR1)
+    fit(step_fn, state, frozen, Asking(), LoopConfig(steps=9, batch=BATCH), tmp_path)
+    batches = [f"batch {number}" for number in range(9)]
+    assert profiled == [*batches[:3], str(tmp_path / "profile"), *batches[3:8], "end", batches[8]]
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_records_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -104,10 +104,15 @@ def test_the_throughput_is_of_all_steps_and_the_samples_that_they_had(monkeypatc
     logged: list[dict[str, float]] = []
     run.log = SimpleNamespace(steps=lambda step, done, numbers: logged.append(numbers))  # type: ignore[assignment]
     run._device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3e9})  # type: ignore[assignment]
-    for step, now in enumerate((2.0, 4.0, 6.0, 14.0), start=1):  # the first one is compiled too
+    for step, now in enumerate((2.0, 4.0, 6.0, 14.0), start=1):
+        if step == 2:
+            monkeypatch.setattr(time, "perf_counter", lambda: 3.0)
+            with run.compiling():  # for clips of another size
+                monkeypatch.setattr(time, "perf_counter", lambda: 3.5)
         monkeypatch.setattr(time, "perf_counter", lambda now=now: now)
         run.land(Flight(step, 0.1, {"loss": np.float32(1.0)}, (0.0, 1.0), samples=6, records=None))
-    assert logged[0]["samples_per_second"] == pytest.approx(3 * 6 / 12)
+    assert logged[0]["samples_per_second"] == pytest.approx(2 * 6 / (2.0 + 8.0)), "of steps 3 and 4"
+    assert run.watch.read() == pytest.approx(14.0 - 2.0 - 0.5), "from the first step on, but for the pause"
     assert logged[0]["peak_gb"] == 3.0
 
 

@@ -33,6 +33,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
+    from lavatar_jax.cli import run
     from lavatar_jax.training.distributed import DistributedConfig, initialize
     from tests.training.toy_run import mesh_of, train
 
@@ -49,8 +50,11 @@ def main() -> None:
         print(f"step {step}", flush=True)
         time.sleep(options.slow)
 
-    train(options.out, options.steps, mesh_of(*options.mesh), told=told, save_seconds=0.0)
-    print("done", flush=True)
+    def main() -> None:
+        train(options.out, options.steps, mesh_of(*options.mesh), told=told, save_seconds=0.0)
+        print("done", flush=True)
+
+    sys.exit(run(main))
 
 
 if __name__ == "__main__":
