@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from lavatar_jax.checkpoints.orbax_store import alone, reader
 from lavatar_jax.errors import UserError
@@ -22,12 +22,15 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints stay: the `keep` newest, and the best by a number of the evaluation.
+    """Which checkpoints stay: the `keep` newest, those of every `every`-th step, and the best by a number of
+    the evaluation.
 
-    `best`: its name, as the log has it; None: no evaluation decides.
+    `every`: None, none stay for their step; else such steps are saved too, whatever the time. `best`: the
+    number's name, as the log has it; None: no evaluation decides.
     """
 
     keep: int = 2
+    every: int | None = None
     best: str | None = None
     best_mode: Literal["min", "max"] = "max"
     asynchronous: bool = True  # written while training goes on
@@ -48,6 +51,8 @@ class RunCheckpoints:
     def __init__(self, folder: Path, config: CheckpointConfig | None = None, *, read_only: bool = False):
         self.folder, self.config = folder.absolute(), config or CheckpointConfig()
         kept: list[Any] = [LatestN(self.config.keep)]
+        if self.config.every is not None:
+            kept.append(EveryNSteps(self.config.every))
         if self.config.best is not None:
             # BestN keeps the last of the sorted ones.
             better = self.config.best_mode == "max"
@@ -74,6 +79,10 @@ class RunCheckpoints:
         worst = -np.inf if self.config.best_mode == "max" else np.inf
         value = metrics.get(self.config.best or "", worst)
         return value if np.isfinite(value) else worst
+
+    def stays(self, step: int) -> bool:
+        """Whether a checkpoint of this step is wanted for the step's sake."""
+        return self.config.every is not None and step % self.config.every == 0
 
     def save(self, state: Any, data: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Write `state` (its `step` names the checkpoint) and the data iterator's state; no-op if present.

@@ -107,6 +107,16 @@ def test_critics_that_fail_now_and_then_are_no_row():
     assert bad.should_stop()
 
 
+def test_every_nth_checkpoint_is_written_and_kept(step_fn: Any, tmp_path: Path):
+    config = CheckpointConfig(keep=1, every=2)
+    train(
+        tmp_path, 5, mesh_of(1, 1, 1), loop=LOOP, begun=fresh(step_fn), save_seconds=1e6, checkpoint=config
+    )  # fmt: skip
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", config)
+    assert list(checkpoints.manager.all_steps()) == [2, 4, 5]
+    checkpoints.close()
+
+
 def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Path):
     quality = {0: 9.0, 1: 1.0, 2: 5.0, 3: 2.0, 4: float("nan"), 5: 3.0}
     config = CheckpointConfig(keep=2, best="quality")
