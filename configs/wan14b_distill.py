@@ -31,7 +31,11 @@ def get_config() -> DistillRun:
         clip=(21, 90, 50),
         data=DATA,
         sampling=PAPER,
-        rollout=SelfForcingConfig(transition="renoise", shift=5.0, grad_frames=21),
+        # The released schedule's last step starts at noise level 0.009: it has nothing to learn, and a
+        # rollout that is left before it shows the critic the same clip.
+        rollout=SelfForcingConfig(
+            transition="renoise", shift=5.0, grad_frames=21, exit_weights=(1.0, 1.0, 1.0, 0.0)
+        ),
         score=ScoreConfig(kind="bidirectional", without_audio="zeros", without_text="zeros"),
         loss=DMDConfig(shift=5.0, guidance=3.0),
         dyna=DynaConfig(),
@@ -50,7 +54,7 @@ def get_config() -> DistillRun:
             checkpoint_seconds=1800,
         ),
         optim=OptimConfig(kind="adamw", betas=(0.0, 0.999), clip=10.0, schedule="constant"),
-        critic_optim=OptimConfig(kind="adamw", betas=(0.0, 0.999)),
+        critic_optim=OptimConfig(kind="adamw", betas=(0.0, 0.999), clip=10.0, schedule="constant"),
         mesh=MeshConfig(fsdp=4, tensor=2),
         checkpoint=CheckpointConfig(keep=3),
     )

@@ -33,7 +33,9 @@ def get_config() -> DiTRun:
         model=MODEL,
         clip=(21, 90, 50),
         data=DATA,
-        loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0),
+        # Every block has a noise level of its own, as in the paper; the mixture of the small model is not for
+        # one that has time to see all combinations.
+        loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0, same_level_clips=0.0, clean_clips=0.0),
         lora=LoraConfig(rank=128, alpha=64.0, base="bfloat16"),
         train=LoopConfig(
             steps=25_000,

@@ -34,6 +34,8 @@ def check_run(run: Run) -> None:
         raise UserError(
             f"--checkpoint.keep {run.checkpoint.keep}: a run keeps its newest checkpoint at least"
         )
+    if run.checkpoint.every is not None and run.checkpoint.every < 1:
+        raise UserError(f"--checkpoint.every {run.checkpoint.every}: give a number of steps, at least 1")
     if hasattr(run, "rollout"):
         _check_rollout(run)
 
@@ -61,6 +63,11 @@ def _check_rollout(run: Any) -> None:
         raise UserError(
             "--dyna.alpha and --dyna.rewards go together: alpha is how much the rewards count "
             f"(now {run.dyna.alpha:g}), and there are {len(run.dyna.rewards)} of them"
+        )
+    if run.critic_optim.schedule != run.optim.schedule:
+        raise UserError(
+            f"--critic-optim.schedule {run.critic_optim.schedule}: the critic's rate follows the student's "
+            f"schedule, --optim.schedule {run.optim.schedule}: give the same to both"
         )
     if not run.rollout.same_exit and (run.loss.below_exit or run.loss.above_next):
         raise UserError(

@@ -226,7 +226,9 @@ def train_dit(config: DiTRun) -> TrainState:
     step_fn = run_step(config, loss, optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     release(weights.params)
-    flops = train.batch * step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
+    motion = config.model.use_motion and "motion" in source.buckets[0].shapes
+    forward = clip_flops(config.model, *size, motion=motion)
+    flops = train.batch * step_flops(forward, lora=config.lora.rank > 0)
     sample = make_sampler(
         source, config.sampling, config.data.vae, lambda state: merge(state.average, weights.frozen)
     )

@@ -116,7 +116,7 @@ def make_step(config: DistillRun, params: Params, rewards: list[Reward]) -> tupl
         dyna=config.dyna,
         config=config.distill,
         train=config.train,
-        clip=config.optim.clip,
+        clips=(config.optim.clip, config.critic_optim.clip),
         rewards=rewards,
     )
     return step_fn, (student, critic)

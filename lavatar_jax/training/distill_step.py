@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lavatar_jax.config import SamplingConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.parallel import split_samples
 from lavatar_jax.training import dmd
 from lavatar_jax.training.bad_steps import judge
 from lavatar_jax.training.distill_state import DistillState
@@ -62,7 +63,7 @@ class DistillConfig:
     regression: float = 0.0  # pull of samples that started from noised truth towards the truth
 
 
-StepFn = Callable[["DistillState", dict[str, Any], Batch, Array], tuple["DistillState", Metrics]]
+StepFn = Callable[[DistillState, dict[str, Any], Batch, Array], tuple[DistillState, Metrics]]
 
 
 class Roles(NamedTuple):
@@ -102,12 +103,12 @@ def make_distill_step(
     config: DistillConfig,
     rewards: Sequence[Reward] = (),
     train: LoopConfig,
-    clip: float,
+    clips: tuple[float, float],
 ) -> StepFn:
     """`step_fn(state, frozen, batch, rate) -> (state, metrics)`, jitted; donates the state.
 
-    `frozen`: {"params": what the roles share, "rewards": arrays of each reward}. `clip`: of gradient norms.
-    Metrics of the student are those of its latest update.
+    `frozen`: {"params": what the roles share, "rewards": arrays of each reward}. `clips`: of the gradient
+    norms of student and critic. Metrics of the student are those of its latest update.
 
     Raises UserError for settings that do not go together.
     """
@@ -240,7 +241,7 @@ def make_distill_step(
         norm = optax.tree.norm(gradient)
         # Rewards are looked at themselves: neither their limits nor `dmd_loss` need let a NaN through.
         good = jnp.isfinite(norm) & jnp.all(jnp.isfinite(statistics.square))
-        params, optimizer = update(optimizers[0], gradient, norm, good, state.optimizer, state.params, rate)
+        params, optimizer = update(0, gradient, norm, good, state.optimizer, state.params, rate)
         latest = jnp.arange(steps) == course.exits[0]
         by_exit = {
             f"dmd_exit_{step}": jnp.where(
@@ -261,7 +262,7 @@ def make_distill_step(
         return learned, good
 
     def update(
-        optimizer: optax.GradientTransformation,
+        which: int,  # 0: the student, 1: the critic
         gradient: Params,
         norm: Array,
         good: Array,
@@ -270,8 +271,9 @@ def make_distill_step(
         rate: Array,
     ) -> tuple[Params, Any]:
         """One optimizer step; none where it would not be good."""
-        gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), clip_by_norm(gradient, norm, clip))
-        updates, new = optimizer.update(gradient, opt_state, params)
+        clipped = clip_by_norm(gradient, norm, clips[which])
+        gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), clipped)
+        updates, new = optimizers[which].update(gradient, opt_state, params)
         params = jax.tree.map(lambda p, u: jnp.where(good, p + rate * u, p), params, updates)
         return params, keep_good(good, new, opt_state)
 
@@ -282,6 +284,7 @@ def make_distill_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         block_frames = roles.student(state.params, frozen["params"]).config.block_frames
         course, draws = draw(key, batch, block_frames)
+        draws = jax.tree.map(split_samples, draws)
 
         def stream_and_judge(samples: tuple[Batch, Draws], _: Any) -> tuple[tuple[Array, Params], Streamed]:
             """-> ((the critic's loss, its gradient), what was streamed)."""
@@ -294,7 +297,7 @@ def make_distill_step(
         norm = optax.tree.norm(gradient)
         good, usual = judge(state.usual, value, norm, train.spike)
         critic, critic_optimizer = update(
-            optimizers[1], gradient, norm, good, state.critic_optimizer, state.critic, critic_scale * rate
+            1, gradient, norm, good, state.critic_optimizer, state.critic, critic_scale * rate
         )
         state = dataclasses.replace(state, critic=critic, critic_optimizer=critic_optimizer, usual=usual)
 

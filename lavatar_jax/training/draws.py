@@ -63,7 +63,10 @@ def with_run_in(batch: Batch, frames: int) -> Batch:
     def longer(x: Array, axis: int, count: int) -> Array:
         length = x.shape[axis]
         if count > length:
-            raise UserError(f"--distill.run-in: {frames} latent frames are longer than the clips")
+            raise UserError(
+                f"--distill.run-in: {frames} latent frames in front of a clip are the end of another one, "
+                "and clips are shorter: give fewer blocks"
+            )
         end = jax.lax.slice_in_dim(x, length - count, length, axis=axis)
         return jnp.concatenate([jnp.roll(end, 1, axis=0), x], axis=axis)
 

@@ -35,7 +35,10 @@ class DynaConfig:
 
 
 class Reward(NamedTuple):
-    """`measure(arrays, clip [B, F, H, W, C], batch) -> [B]`, larger is livelier; `arrays` are not trained."""
+    """`measure(arrays, clip [B, F, H, W, C], batch) -> [B]`, larger is livelier; `arrays` are not trained.
+
+    Each sample is measured by itself: B is that of a part of the batch (`LoopConfig.accumulate`).
+    """
 
     measure: Callable[[Any, Array, dict[str, Array]], Array]
     arrays: Any

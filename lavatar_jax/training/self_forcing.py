@@ -231,7 +231,8 @@ def gradient_of_rollout(
         return x0
 
     x0, transpose = jax.vjp(results, params)
-    (gradient,) = transpose((slope * learning.reshape(-1, *(1,) * (slope.ndim - 1))).astype(x0.dtype))
+    learning = learning.reshape(-1, *(1,) * (slope.ndim - 1))
+    (gradient,) = transpose(jnp.where(learning, slope, 0.0).astype(x0.dtype))
     return gradient
 
 

@@ -231,7 +231,8 @@ def test_the_command_trains_stops_at_a_signal_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "say", interrupt)
-        main([str(config), "--out", str(parts)])
+        with pytest.raises(KeyboardInterrupt):
+            main([str(config), "--out", str(parts)])
     assert result_step(parts) == 2
     main([str(config), "--out", str(parts)])
     steps = [json.loads(line).get("step") for line in (parts / LOG).read_text().splitlines()]

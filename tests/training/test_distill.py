@@ -20,7 +20,7 @@ from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
 from lavatar_jax.parallel import MeshConfig, train_mesh
-from lavatar_jax.training import samples
+from lavatar_jax.training import distill_step, samples, self_forcing
 from lavatar_jax.training.distill import (
     DistillRun,
     make_roles,
@@ -159,12 +159,25 @@ def test_a_student_goes_on_exactly_between_its_turns(
     assert logged(run) == logged(trained[0])
 
 
-def test_two_devices_make_in_parts_the_losses_of_one(
-    trained: tuple[DistillRun, DistillState], tmp_path: Path
+def test_two_devices_make_in_parts_and_without_replay_the_losses_of_one(
+    trained: tuple[DistillRun, DistillState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = dataclasses.replace(trained[0].train, accumulate=2)
-    run = dataclasses.replace(trained[0], out=str(tmp_path / "split"), mesh=MeshConfig(fsdp=2), train=train)
+    """As one device makes them of the whole batch with replay."""
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        distill_step,
+        "gradient_of_rollout",
+        lambda *given: asked.append(True) or self_forcing.gradient_of_rollout(*given),
+    )
+    run = dataclasses.replace(
+        trained[0],
+        out=str(tmp_path / "split"),
+        mesh=MeshConfig(fsdp=2),
+        train=dataclasses.replace(trained[0].train, accumulate=2),
+        rollout=dataclasses.replace(trained[0].rollout, replay=False),
+    )
     state = train_distill(run)
+    assert asked
     for tree in (state.params, state.critic, state.average):
         leaf = tree["blocks.ffn.inner.weight"]
         assert leaf.addressable_shards[0].data.size * 2 == leaf.size
@@ -302,8 +315,9 @@ def test_the_tiny_student_streams_as_the_small_model_is_packaged() -> None:
 
 
 def test_a_step_of_the_full_size_run_can_be_traced() -> None:
-    """Three roles of 14B on one base, 84 frames of 720 x 400: shapes and dtypes only."""
+    """Three roles of 14B on one base, 84 frames of 720 x 400, two parts of two: shapes and dtypes only."""
     run = load_run("wan14b_distill")
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=2))
     weights = abstract_weights(run.make, run.lora)
     assert sum(leaf.size for leaf in weights.frozen.values()) == 16_295_755_609
     step_fn, optimizers = make_step(run, weights.params, [])
@@ -316,7 +330,7 @@ def test_a_step_of_the_full_size_run_can_be_traced() -> None:
     model = run.model
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *sizes), jnp.float32)
+        return jax.ShapeDtypeStruct((4, *sizes), jnp.float32)
 
     batch = {
         "latent": shape(frames, height, width, 16),

@@ -15,7 +15,12 @@ from lavatar_jax.models.audio_encoder import encode_audio
 from lavatar_jax.models.dit import timestep_sinusoid
 from lavatar_jax.models.dit_forward import stream_forward
 from lavatar_jax.training.distill import sampler_rollout
-from lavatar_jax.training.self_forcing import SelfForcingConfig, replay_gradient, roll_out
+from lavatar_jax.training.self_forcing import (
+    SelfForcingConfig,
+    gradient_of_rollout,
+    replay_gradient,
+    roll_out,
+)
 from lavatar_jax.training.student import (
     BlockInputs,
     StudentCache,
@@ -138,7 +143,7 @@ def test_replayed_gradients_are_those_of_full_backprop(exit_step: int) -> None:
     with jax.enable_x64(True):
         clip, config = Clip("float64"), sampler_rollout(SelfForcingConfig(transition="euler"), SAMPLING)
         pull, model = clip.draw(5, *clip.noise.shape), clip.model
-        got_x0, got = by_replay(model, clip, jnp.full(BLOCKS, exit_step), pull)
+        got_x0, got, at_once = by_replay(model, clip, jnp.full(BLOCKS, exit_step), pull)
         cache = clip.cache(model, SAMPLING)
         want_x0, transpose = jax.vjp(
             lambda model: rollout_by_hand(model, clip, exit_step, config, cache), model
@@ -147,7 +152,10 @@ def test_replayed_gradients_are_those_of_full_backprop(exit_step: int) -> None:
         np.testing.assert_allclose(got_x0, want_x0, rtol=0, atol=1e-10)
         scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want))
         assert scale > 0
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * scale), got, want)
+        for found in (got, at_once):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * scale), found, want
+            )
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -156,7 +164,8 @@ def by_replay(model, clip: Clip, exits, pull):
     inputs, cache = clip.inputs(), clip.cache(model, SAMPLING)
     done = roll_out(PREDICT, model, clip.noise, None, exits, inputs, cache, config)
     learning, one = jnp.ones(BLOCKS, bool), clip.cache(model, SAMPLING, rings=1)
-    return done.x0, replay_gradient(PREDICT, model, done, inputs, one, pull, learning, config)
+    given = (PREDICT, model, done, inputs, one, pull, learning, config)
+    return done.x0, replay_gradient(*given), gradient_of_rollout(*given)
 
 
 def temporaries(blocks: int) -> int:
