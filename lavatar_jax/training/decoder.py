@@ -42,7 +42,7 @@ from lavatar_jax.training.latents import LatentsConfig, check_rendering, open_la
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
-from lavatar_jax.training.samples import save_moving_picture
+from lavatar_jax.training.samples import can_show, save_moving_picture
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow
 from lavatar_jax.training.state import (
     LossFn,
@@ -280,7 +280,7 @@ def make_sampler(
 ) -> Callable[[TrainState, Path], None] | None:
     """`sample` of `loop.fit`: the true frames of the last clips, and what is drawn of their predictions."""
     count, given = config.samples.records, config.predictions
-    if not count or jax.process_count() > 1:
+    if not can_show(count):
         return None
     held_out = predicted_clips(given, slice(given.clips - count, given.clips))
     draw = jax.jit(lambda vae, latent: jnp.clip(vae.decode(latent.astype(jnp.float32)), -1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def stream_record(
     return jnp.concatenate(made, axis=1)[0]
 
 
+def can_show(records: int) -> bool:
+    """Whether a run can show samples. With several processes it cannot, and says so if some were wanted."""
+    if records and jax.process_count() > 1 and jax.process_index() == 0:
+        print("note: with several processes the report shows no samples", file=sys.stderr)
+    return bool(records) and jax.process_count() == 1
+
+
 def make_sampler(
     source: ShardSource, sampling: SamplingConfig, vae_place: str, model_of: Callable[[Any], CausalDiT]
 ) -> Callable[[Any, Path], None] | None:
@@ -63,7 +71,7 @@ def make_sampler(
     `model_of(state)`: the network to look at. None where there is nothing to show, or several processes share
     the state. Raises UserError without the VAE that encoded the records (`load_vae`).
     """
-    if not source.held_out or jax.process_count() > 1:
+    if not can_show(len(source.held_out)):
         return None
     config, vae = load_vae(vae_place)
     _check_encoder(source, config, vae_place)
