@@ -28,7 +28,7 @@ from lavatar_jax.training.latents import LatentsConfig, open_training
 from lavatar_jax.training.optim import OptimConfig, make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, note_other_clips
-from lavatar_jax.training.samples import make_sampler
+from lavatar_jax.training.samples import make_sampler, make_stream_evaluator
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import Params, release, split_model
@@ -199,9 +199,12 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
     note_other_clips(size[0], config.clip[0])
     flops = train.batch * sample_flops(config, size)
     student = make_roles(config).student
-    sample = make_sampler(
-        source, config.sampling, config.data.vae, lambda state: student(state.average, base)
-    )
+
+    def averaged(state: DistillState) -> CausalDiT:
+        return student(state.average, base)
+
+    names = [name.partition(":")[2] for name, _ in config.dyna.rewards]
+    measured = dict(zip(names, rewards, strict=True))
     return fit_run(
         config,
         step_fn,
@@ -210,6 +213,7 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
         batches,
         mesh,
         flops=flops,
-        sample=sample,
+        evaluate=make_stream_evaluator(source, config.sampling, averaged, measured),
+        sample=make_sampler(source, config.sampling, config.data.vae, averaged),
         stop_at=stop_at,
     )

@@ -157,8 +157,8 @@ def fit(
     best = checkpoint.best if checkpoint is not None else None
     if best is not None and evaluate is None:
         raise UserError(
-            f"--checkpoint.best {best}: this run measures nothing; only stage 1 does, and only where it "
-            "holds records out (--samples.records)"
+            f"--checkpoint.best {best}: this run measures nothing; stages 1 and 2 do where they hold records "
+            "out (--samples.records), stage 2 in one process"
         )
     batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)

@@ -28,7 +28,7 @@ from lavatar_jax.training.dmd import DMDConfig, guide
 from lavatar_jax.training.latents import open_training
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.run import fit_run, run_step
-from lavatar_jax.training.samples import make_sampler
+from lavatar_jax.training.samples import make_sampler, make_stream_evaluator
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow, unconditional, without_prompt
 from lavatar_jax.training.state import LossFn, Params, TrainState, create_state, release
 
@@ -131,6 +131,10 @@ def train_ode(config: OdeRun) -> TrainState:
     step_fn = run_step(config, make_ode_loss(config, roles), optimizer)
     state = create_state(params, optimizer, train.seed, mesh=mesh)
     release(params, keep=frozen)
+
+    def averaged(state: TrainState) -> CausalDiT:
+        return roles.student(state.average, frozen)
+
     return fit_run(
         config,
         step_fn,
@@ -139,7 +143,6 @@ def train_ode(config: OdeRun) -> TrainState:
         batches,
         mesh,
         flops=train.batch * path_flops(config, source.buckets[0].latent_size),
-        sample=make_sampler(
-            source, config.sampling, config.data.vae, lambda state: roles.student(state.average, frozen)
-        ),
+        evaluate=make_stream_evaluator(source, config.sampling, averaged),
+        sample=make_sampler(source, config.sampling, config.data.vae, averaged),
     )

@@ -23,6 +23,7 @@ from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.files import replacing
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training.dynaforcing import Reward
 from lavatar_jax.training.latents import load_vae
 from lavatar_jax.training.state import LossFn, Params
 from lavatar_jax.types import BlockInput, Conditions
@@ -135,6 +136,48 @@ def make_evaluator(
             for draw in range(DRAWS):
                 for name, value in losses(state.average, frozen, row, jax.random.key(draw)).items():
                     found.setdefault(f"held_out_{name}", []).append(float(value))
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    return evaluate
+
+
+def make_stream_evaluator(
+    source: ShardSource,
+    sampling: SamplingConfig,
+    model_of: Callable[[Any], CausalDiT],
+    rewards: Mapping[str, Reward] | None = None,
+) -> Callable[[Any], dict[str, float]] | None:
+    """`evaluate` of `loop.fit` for students: what they stream to the sound of the held-out records.
+
+    `held_out_error`: mean square distance from the true latents. `held_out_motion`: deviation in time of the
+    latents where the mouth is, as a share of the truth's; a student that collapses stands still. And each of
+    `rewards`, as `held_out_` and its name. None where `make_sampler` has nothing to show.
+    """
+    if not source.held_out or jax.process_count() > 1:
+        return None
+
+    def motion(latent: Any, mouth: np.ndarray) -> float:
+        return float((np.std(np.asarray(latent), axis=0).mean(axis=-1) * mouth).sum())
+
+    def evaluate(state: Any) -> dict[str, float]:
+        model, found = model_of(state), dict[str, list[float]]()
+        for number in source.held_out:
+            try:
+                row = source[number]
+            except CorruptRecordError as error:
+                source.skipped_log.add(source.ids[number], str(error))
+                continue
+            made = stream_record(model, row, sampling)
+            truth = row["latent"][: len(made)]
+            numbers = {
+                "error": float(jnp.mean(jnp.square(made - truth))),
+                "motion": motion(made, row["mouth"]) / max(motion(truth, row["mouth"]), 1e-6),
+            }
+            batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
+            for name, reward in (rewards or {}).items():
+                numbers[name] = float(reward.measure(reward.arrays, made[None], batch)[0])
+            for name, value in numbers.items():
+                found.setdefault(f"held_out_{name}", []).append(value)
         return {name: float(np.mean(values)) for name, values in found.items()}
 
     return evaluate

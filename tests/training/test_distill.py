@@ -35,6 +35,7 @@ from lavatar_jax.training.distill_step import DistillConfig
 from lavatar_jax.training.dmd import DMDConfig
 from lavatar_jax.training.dynaforcing import DynaConfig, Reward
 from lavatar_jax.training.latents import LatentsConfig, latent_statistics, open_latents
+from lavatar_jax.training.logs import LOG, read_log
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.ode_init import OdeRun, train_ode
 from lavatar_jax.training.optim import OptimConfig
@@ -218,11 +219,21 @@ def test_the_report_shows_what_the_student_says(
     assert [path.name for path in shown] == ["4.webp", "5.webp"] * (len(shown) // 2)
     assert shown
 
-    # The right half is the averaged student's, streamed as it will be sampled.
+    # The right half is the averaged student's, streamed as it will be sampled; and it is what was measured.
     _, merge = split_model(random_dit(MODEL))
     source = open_latents(run.data, held_out=2)
-    row = source[5]
-    latent = np.asarray(stream_record(merge(state.average), row, run.sampling))
+    model, rows = merge(state.average), [source[number] for number in (4, 5)]
+    made = [np.asarray(stream_record(model, row, run.sampling)) for row in rows]
+    truth = [row["latent"] for row in rows]
+    evaluated = [line["evaluation"] for line in read_log(Path(run.out) / LOG) if "evaluation" in line][-1]
+    errors = [np.mean((a - b) ** 2) for a, b in zip(made, truth, strict=True)]
+    motion = [a.std(axis=0).mean() / b.std(axis=0).mean() for a, b in zip(made, truth, strict=True)]
+    assert evaluated["held_out_error"] == pytest.approx(np.mean(errors), rel=1e-3)
+    assert evaluated["held_out_motion"] == pytest.approx(np.mean(motion), rel=1e-3)
+    assert evaluated.get("held_out_contrast") == (
+        pytest.approx(np.mean([np.std(a) for a in made]), rel=1e-3) if stage == "distill" else None
+    )
+    latent = made[1]
     wanted = (latent[-1, ..., :3] * source.std[:3] + source.mean[:3]) / 10.0
     wanted = np.clip(wanted.repeat(8, axis=0).repeat(8, axis=1) * 127.5 + 128.0, 0, 255)
     with Image.open(shown[-1]) as picture:
