@@ -105,12 +105,6 @@ def pair(
     return [start(out, *common, "--id", index) for index in range(2)]
 
 
-def test_two_processes_equal_one(whole: Path, tmp_path: Path):
-    for process in pair(tmp_path):
-        assert "done" in finish(process)
-    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
-
-
 def test_two_processes_that_share_samples_equal_one(whole: Path, tmp_path: Path):
     for process in pair(tmp_path, devices=1, mesh=(1, 1, 2)):
         assert "done" in finish(process)
