@@ -1,10 +1,10 @@
 """Make training records of videos: `python tools/prepare_data.py FOLDER_OF_VIDEOS --out SHARDS`.
 
-Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NAME.mp4 is its caption. Shots
-with exactly one face and audible speech become clips of 25 frames a second; `report.html` in the output says
-what was dropped and why. The same command goes on after an interruption, adds new videos, looks again at
-those that gave nothing and have changed since, and takes captions that came later (not changed ones: they,
-other filters and other faces need another --out).
+Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NAME.mp4 is its caption,
+NAME.pose.mp4 a video of its driving poses. Shots with exactly one face and audible speech become clips of 25
+frames a second; `report.html` in the output says what was dropped and why. The same command goes on after an
+interruption, adds new videos, looks again at those that gave nothing and have changed since, and takes
+captions and poses that came later (not changed ones: they, other filters and other faces need another --out).
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import write_errors, write_text
 from tools.real_clips import CRASHED, Interrupted, Job, Outcome, cut_video, start_worker
-from tools.real_sources import NO_CAPTION, VIDEOS, Source, find_sources, read_caption
+from tools.real_sources import BROKEN_TAR, LONE_POSE, NO_CAPTION, VIDEOS, Source, find_sources, read_caption
 
 if TYPE_CHECKING:
     from tools.real_encode import ClipEncoder
 
 JOURNAL, REPORT = "videos.jsonl", "report.html"
 WORK, PICTURES = ".work", "pictures"
-BROKEN_TAR = "not a tar, or damaged"
-UNSETTLED = frozenset((BROKEN_TAR, CRASHED))  # reasons that may be gone at the next look
+UNSETTLED = frozenset((BROKEN_TAR, LONE_POSE, CRASHED))  # reasons that may be gone at the next look
 SHEET_CLIPS, SHEET_FRAMES, SHEET_HEIGHT = 60, 5, 112  # of the report
 
 
@@ -83,8 +82,8 @@ def main(args: list[str]) -> None:
         raise UserError("--motion-frames must be 1 + 4k (1, 5, 9, ...) and --blocks at least 1")
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: no such folder; give the folder of the videos")
-    sources, broken = find_sources(options.folder)
-    if not sources and not broken:
+    sources, useless = find_sources(options.folder)
+    if not sources and not useless:
         raise UserError(f"{options.folder} has no videos ({', '.join(VIDEOS)} or .tar); give another folder")
     load_detector(options.faces)  # say now that OpenCV is missing
 
@@ -112,8 +111,8 @@ def main(args: list[str]) -> None:
         work = options.out / WORK
         shutil.rmtree(work, ignore_errors=True)
         book = Book(writer, options, sources)
-        if late := book.forget_uncaptioned():
-            print(f"{late} videos have captions now: their records are made again")
+        if late := book.forget_late():
+            print(f"{late} videos have captions or poses now: their records are made again")
         book.forget_unsettled()
         jobs = [
             Job(source, work, encoder.sizes, options.faces, options.filters, encoder.shortest)
@@ -121,8 +120,8 @@ def main(args: list[str]) -> None:
             if source.name not in book.known
         ]
         try:
-            for name in broken:
-                book.add(Outcome(name, dropped=[("whole file", BROKEN_TAR)]), encoder)
+            for name, reason in useless.items():
+                book.add(Outcome(name, dropped=[("whole file", reason)]), encoder)
             with Progress() as progress, contextlib.closing(cut_all(jobs, options.workers)) as outcomes:
                 for outcome in progress.track(outcomes, total=len(jobs), description="preparing videos"):
                     book.add(outcome, encoder)
@@ -135,7 +134,8 @@ def main(args: list[str]) -> None:
         writer.finish(mean=np.array(vae.latent_mean), std=np.array(vae.latent_std), encoder=settings)
     dropped = sum(1 for video in book.videos if not video["records"])
     print(
-        f"{options.out}: {len(writer)} records of {len(book.videos)} videos, {dropped} of no use ({REPORT})"
+        f"{options.out}: {len(writer)} records ({book.poses} with poses) of {len(book.videos)} videos, "
+        f"{dropped} of no use ({REPORT})"
     )
 
 
@@ -179,19 +179,34 @@ class Book:
         # Of a video that a kill cut short, some records may be in a complete shard.
         self._earlier = collections.Counter(row.get("video") for row in writer.rows)
 
-    def _stamp(self, name: str) -> tuple[int, int] | None:
-        return self._sources[name].stamp if name in self._sources else None
+    @property
+    def poses(self) -> int:
+        """Records in complete shards that have a pose."""
+        return sum("pose" in row["shapes"] for row in self._writer.rows)
 
-    def forget_uncaptioned(self) -> int:
-        """Forget the videos with records whose captions came later; returns how many."""
-        noted = {video["name"]: video["notes"] for video in self.videos if video["records"]}
-        late = {
-            name
-            for name, source in self._sources.items()
-            if source.captioned
-            and not NO_CAPTION.isdisjoint(noted.get(name, ()))
-            and read_caption(source)[1] is None
-        }
+    def _stamps(self, name: str) -> dict[str, tuple[int, int] | None]:
+        """Of a video's file, and of its pose's."""
+        if (source := self._sources.get(name)) is None:
+            return {}
+        return {"stamp": source.stamp, "pose": None if source.pose is None else source.pose.stamp}
+
+    def forget_late(self) -> int:
+        """Forget the videos with records whose captions or poses came later; returns how many."""
+        told = {video["name"]: video for video in self.videos if video["records"]}
+        noted = {name: video["notes"] for name, video in told.items()}
+        bare = {row.get("video") for row in self._writer.rows if "pose" not in row["shapes"]}
+
+        def captioned(source: Source) -> bool:
+            unknown = source.captioned and not NO_CAPTION.isdisjoint(noted.get(source.name, ()))
+            return unknown and read_caption(source)[1] is None
+
+        def posed(source: Source) -> bool:
+            if source.pose is None or source.name not in bare:
+                return False
+            before = told.get(source.name, {}).get("pose")  # of one that was of no use
+            return before is None or tuple(before) != source.pose.stamp
+
+        late = {name for name, source in self._sources.items() if captioned(source) or posed(source)}
         if late:
             # The records first: a video that the journal has still is found here again.
             self._writer.forget(lambda row: row.get("video") in late)
@@ -209,7 +224,7 @@ class Book:
         def settled(video: dict[str, Any]) -> bool:
             if self._earlier[video["name"]] < video["records"]:
                 return False
-            before, now = video.get("stamp"), self._stamp(video["name"])
+            before, now = video.get("stamp"), self._stamps(video["name"]).get("stamp")
             changed = before is not None and now is not None and tuple(before) != now
             crashed = any(reason in UNSETTLED for _, reason in video["dropped"])
             return bool(video["records"]) or not (changed or crashed)
@@ -231,6 +246,7 @@ class Book:
         written = 0
         for piece in outcome.pieces:
             first = True
+            shown = [path for path in (piece.frames, piece.pose) if path is not None]
             facts = {"loudness": piece.level_db, **video}
             if piece.n_faces is not None:
                 facts["n_faces"] = piece.n_faces
@@ -243,16 +259,17 @@ class Book:
                     continue
                 written += 1
                 if first:
-                    self._keep_picture(str(record["id"]), np.load(piece.frames, mmap_mode="r"))
+                    self._keep_picture(str(record["id"]), shown)
                 first = False
-            piece.frames.unlink()  # a video's pieces are large
+            for path in shown:
+                path.unlink()  # a video's pieces are large
         records = self._earlier[outcome.name] + written
         for folder in {piece.frames.parent for piece in outcome.pieces}:
             shutil.rmtree(folder, ignore_errors=True)
         self._pending.append(
             {
                 "name": outcome.name,
-                "stamp": self._stamp(outcome.name),
+                **self._stamps(outcome.name),
                 "seconds": round(outcome.seconds, 2),
                 "fps": round(outcome.fps, 3),
                 "records": records,
@@ -274,22 +291,25 @@ class Book:
         write_text(self._out / JOURNAL, "".join(lines))
         paths = sorted((self._out / PICTURES).glob("*.jpg"))
         pictures = {path.stem: path.read_bytes() for path in paths[:SHEET_CLIPS]}
-        write_text(self._out / REPORT, render_report(self.videos, pictures))
+        write_text(self._out / REPORT, render_report(self.videos, pictures, self.poses))
 
-    def _keep_picture(self, name: str, frames: np.ndarray) -> None:
-        """Some frames side by side, for the report."""
+    def _keep_picture(self, name: str, videos: Sequence[Path]) -> None:
+        """Some frames side by side for the report, those of one video above those of the next."""
         folder = self._out / PICTURES
         with write_errors(folder):
             folder.mkdir(exist_ok=True)
             if sum(1 for _ in folder.iterdir()) >= SHEET_CLIPS:
                 return
-            chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).astype(int)]
-            strip = Image.fromarray(np.concatenate(list(chosen), axis=1))
-            width = round(strip.width * SHEET_HEIGHT / strip.height)
+            rows = []
+            for path in videos:
+                frames = np.load(path, mmap_mode="r")
+                chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).astype(int)]
+                rows.append(np.concatenate(list(chosen), axis=1))
+            strip = Image.fromarray(np.concatenate(rows))
+            height = SHEET_HEIGHT * len(rows)
+            width = round(strip.width * height / strip.height)
             data = io.BytesIO()
-            strip.resize((width, SHEET_HEIGHT), Image.Resampling.LANCZOS).save(
-                data, format="JPEG", quality=80
-            )
+            strip.resize((width, height), Image.Resampling.LANCZOS).save(data, format="JPEG", quality=80)
             (folder / f"{file_name(name)}.jpg").write_bytes(data.getvalue())
 
 

@@ -42,6 +42,11 @@ from tools.real_sources import DEFAULT_CAPTION, Source, fetch, read_caption
 
 UNREADABLE, CRASHED, NO_SOUND = "not a video, or damaged", "crashed the decoder", "no sound"
 SOUND_ENDS = "the sound ends before the pictures"
+# Notes: such poses are left out, their videos are not.
+POSE_UNREADABLE, POSE_SHAPE = "pose is not a video, or damaged", "pose has other proportions than the video"
+POSE_LENGTH = "pose is shorter or longer than the video"
+POSE_STRETCH = 0.02  # of proportions, by sides that are rounded to even numbers
+POSE_SLACK = 5  # frames that a pose may be shorter or longer; its last one is held, as when a video is made
 LOOK_SECONDS = 0.4  # between two looks for faces
 
 
@@ -57,7 +62,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a shot that passed all filters. Frames uint8 [T, h, w, 3] and sound float32 are files."""
+    """A part of a shot that passed all filters. Frames and poses uint8 [T, h, w, 3] and sound float32 are
+    files."""
 
     start: int  # frame of the video, at 25 a second
     frames: Path
@@ -65,9 +71,10 @@ class Piece:
     face: float  # height of the face, pixels of the video
     level_db: float
     n_faces: int | None = None  # the most that a look saw; None where nothing counts them
+    pose: Path | None = None  # cut out like the frames
 
 
-Cut = tuple[Piece, int, tuple[int, int, int, int], np.ndarray]  # its end, what is cut out, its samples
+Cut = tuple[int, int, tuple[int, int, int, int]]  # first frame and end of a piece, what is cut out
 
 
 @dataclasses.dataclass
@@ -143,7 +150,6 @@ def cut_video(job: Job) -> Outcome:
             path = fetch(job.source, folder)
         _cut(path, job, folder, outcome)
     except Damaged as error:
-        outcome.pieces.clear()
         reason = NO_SOUND if "no audio track" in str(error) else UNREADABLE
         outcome.dropped.append((f"whole video ({error})", reason))
     except Interrupted:
@@ -178,6 +184,10 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
         return
     sound = _sound_in_step(path, survey)
     shown = nearest_frames(times, FPS)
+    pose = None if job.source.pose is None else _pose_in_step(job.source.pose, folder, survey, shown)
+    if isinstance(pose, str):
+        outcome.notes.append(pose)
+        pose = None
     heard = min(len(shown), -(-len(sound) * FPS // SAMPLE_RATE))
     if heard < len(shown) - FPS:
         outcome.dropped.append((where(heard, len(shown)), SOUND_ENDS))
@@ -186,7 +196,7 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
     pieces, short = split_shots(cuts, heard, job.filters, useful=job.shortest)
     outcome.dropped += [(where(start, stop), reason) for start, stop, reason in short]
     size = nearest_size(*survey.size, job.sizes)
-    kept: list[Cut] = []
+    kept: list[tuple[Piece, Cut]] = []
     for start, stop in pieces:
         looks = [boxes for frame, boxes in survey.looks.items() if shown[start] <= frame <= shown[stop - 1]]
         samples = _part(sound, start, stop)
@@ -202,12 +212,19 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
                     face=float(np.median([box.height for box in boxes])),
                     level_db=_level(samples),
                     n_faces=None if job.faces == "any" else max(map(len, looks)),
+                    pose=None if pose is None else folder / f"{start}.pose.npy",
                 )
-                kept.append((piece, stop, crop, samples))
+                np.save(piece.samples, samples)
+                kept.append((piece, (start, stop, crop)))
                 continue
             reason = crop
         outcome.dropped.append((where(start, stop), reason))
-    _write_pieces(path, shown, size, kept, outcome)
+    _write_pieces(path, shown, survey.size, size, {piece.frames: cut for piece, cut in kept})
+    if pose is not None:
+        drawn, number = pose
+        poses = {piece.pose: cut for piece, cut in kept if piece.pose is not None}
+        _write_pieces(drawn, number, survey.size, size, poses)
+    outcome.pieces += [piece for piece, _ in kept]
 
 
 def where(start: int, stop: int) -> str:
@@ -286,30 +303,56 @@ def _sound_in_step(path: Path, survey: Survey) -> np.ndarray:
     return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
 
 
-def _write_pieces(
-    path: Path, shown: np.ndarray, size: tuple[int, int], kept: list[Cut], outcome: Outcome
-) -> None:
-    """Decode again and write the cut-out frames of the pieces, one after the other, to files.
+def _pose_in_step(
+    source: Source, folder: Path, survey: Survey, shown: np.ndarray
+) -> tuple[Path, np.ndarray] | str:
+    """A pose's file, and which of its frames belongs to each frame of the video that is `shown`; or why the
+    pose is of no use."""
+    try:
+        with _reading():
+            path = fetch(source, folder, "pose")
+        pose = _look(path, "any")
+    except Damaged:
+        return POSE_UNREADABLE
+    stretch = np.log(np.divide(pose.size, survey.size))
+    if abs(stretch[0] - stretch[1]) > POSE_STRETCH:
+        return POSE_SHAPE
+    if len(pose.times) == len(survey.times):  # drawn frame by frame: whatever rate it was written with
+        return path, shown
+    frames = nearest_frames(pose.times, FPS)
+    if abs(len(frames) - len(shown)) > POSE_SLACK:
+        return POSE_LENGTH
+    return path, frames[np.minimum(np.arange(len(shown)), len(frames) - 1)]
 
+
+def _write_pieces(
+    path: Path, shown: np.ndarray, whole: tuple[int, int], size: tuple[int, int], cuts: dict[Path, Cut]
+) -> None:
+    """Decode again and write what is cut out to files, in order.
+
+    `whole`, `size`: (height, width) of the picture that is cut, and of the model's.
     Raises OSError. (Through a memory map a full disk would kill the process instead.)
     """
     frames = _frames_at(path, shown)
-    for piece, stop, (top, left, height, width), samples in kept:
-        np.save(piece.samples, samples)
-        with open(piece.frames, "wb") as file:
-            about = {"descr": "|u1", "fortran_order": False, "shape": (stop - piece.start, *size, 3)}
+    for target, (start, stop, (top, left, height, width)) in cuts.items():
+        with open(target, "wb") as file:
+            about = {"descr": "|u1", "fortran_order": False, "shape": (stop - start, *size, 3)}
             np.lib.format.write_array_header_1_0(file, about)
             for position, frame in frames:
-                if position < piece.start:
+                if position < start:
                     continue
-                picture = Image.fromarray(_upright(frame)[top : top + height, left : left + width])
-                scaled = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-                file.write(np.asarray(scaled).tobytes())
+                picture = _resized(_upright(frame), whole)[top : top + height, left : left + width]
+                file.write(_resized(picture, size).tobytes())
                 if position == stop - 1:
                     break
             else:
                 raise Damaged(f"{path.name} changed while it was read")
-        outcome.pieces.append(piece)
+
+
+def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if picture.shape[:2] == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def _frames_at(path: Path, shown: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:

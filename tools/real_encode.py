@@ -95,6 +95,7 @@ class ClipEncoder:
         """(first frame in the video at 25 a second, record) of a piece's clips, end to end, without those
         in `done`. Clips without a reference are noted in `outcome`."""
         frames = np.load(piece.frames, mmap_mode="r")
+        poses = None if piece.pose is None else np.load(piece.pose, mmap_mode="r")
         features: np.ndarray | None = None
         motion_latents = (self.motion_frames - 1) // self.config.vae.temporal_factor + 1
         for start in clip_starts(len(frames), self.motion_frames, self.clip_frames):
@@ -119,8 +120,18 @@ class ClipEncoder:
                 "spread": spread.astype(np.float16),
                 "audio": features[..., first:stop].astype(np.float16),
             }
+            if poses is not None:
+                record["pose"] = self.encode_pose(poses[first:stop]).astype(np.float16)
             text = self.read(outcome.caption)
             yield piece.start + first, record if text is None else {**record, "text": text}
+
+    def encode_pose(self, video: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "F h w Z"]:
+        """Raw means of a clip's poses, encoded as `PoseEncoder` does when a video is made: so many frames as
+        its clips have by themselves, behind one copy of their first, whose latent is dropped."""
+        config = self.config
+        length = config.sampling.clip_blocks * config.dit.block_frames * config.vae.temporal_factor
+        parts = [video[start : start + length] for start in range(0, len(video), length)]
+        return np.concatenate([_encode(self._vae, np.concatenate([part[:1], part]))[0][1:] for part in parts])
 
     def hear(self, samples: np.ndarray, frames: int) -> np.ndarray:
         """Features [L, A, frames] of the sound of a piece, as a recording is heard when a video is made."""

@@ -1,4 +1,4 @@
-"""The videos of a folder, also those inside of WebDataset tars, and their captions."""
+"""The videos of a folder, also those inside of WebDataset tars, with their captions and driving poses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".ts")
+BROKEN_TAR, LONE_POSE = "not a tar, or damaged", "a pose without its video"
 NO_CAPTION = frozenset(("no caption", "caption is not UTF-8"))  # notes: others may come later
 DEFAULT_CAPTION = "a person talking"
+POSE = ".pose"  # ends the stem of a driving pose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Source:
     captioned: bool = False  # a .txt is beside it
     # Size of the file and nanoseconds of its last change, when it was found.
     stamp: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
+    pose: Source | None = None  # the video NAME.pose.* beside it
 
 
-def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
-    """All videos below a folder, also those inside of tars, and the names of tars that cannot be read."""
+def find_sources(folder: Path) -> tuple[list[Source], dict[str, str]]:
+    """All videos below a folder, also those inside of tars; and why other files are of no use, by name: tars
+    that cannot be read, poses without a video."""
     sources: list[Source] = []
-    broken: list[str] = []
+    useless: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = _readable(path.relative_to(folder).as_posix())
         if path.suffix.lower() in VIDEOS and path.is_file():
@@ -39,13 +43,29 @@ def find_sources(folder: Path) -> tuple[list[Source], list[str]]:
                 with tarfile.open(path) as tar:
                     names = dict.fromkeys(member.name for member in tar if member.isfile())
             except (tarfile.TarError, OSError, EOFError):
-                broken.append(name)
+                useless[name] = BROKEN_TAR
                 continue
-            videos = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
-            for member in videos:
+            members = [member for member in names if PurePosixPath(member).suffix.lower() in VIDEOS]
+            for member in members:
                 captioned = _caption_name(member) in names
                 sources.append(Source(f"{name}/{_readable(member)}", path, member, captioned, stamp))
-    return sources, broken
+    videos, alone = _with_poses(sources)
+    return videos, useless | dict.fromkeys(alone, LONE_POSE)
+
+
+def _with_poses(found: list[Source]) -> tuple[list[Source], list[str]]:
+    """The videos among the files, each with its pose, and the names of poses without a video."""
+    videos: list[tuple[str, Source]] = []
+    poses: dict[str, Source] = {}
+    for source in found:
+        stem = source.name.rpartition(".")[0]
+        if stem.lower().endswith(POSE):
+            poses[stem[: -len(POSE)]] = source
+        else:
+            videos.append((stem, source))
+    alone = poses.keys() - {stem for stem, _ in videos}
+    paired = [dataclasses.replace(source, pose=poses.get(stem)) for stem, source in videos]
+    return paired, sorted(poses[stem].name for stem in alone)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -61,12 +81,15 @@ def _readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def fetch(source: Source, folder: Path) -> Path:
-    """The video as a file. Raises OSError, also where it is not there any more or must not be read."""
+def fetch(source: Source, folder: Path, name: str = "video") -> Path:
+    """The video as a file: one of a tar as `name` in `folder`.
+
+    Raises OSError, also where it is not there any more or must not be read.
+    """
     if source.member is None:
         with open(source.path, "rb"):
             return source.path
-    path = folder / f"video{PurePosixPath(source.member).suffix}"
+    path = folder / f"{name}{PurePosixPath(source.member).suffix}"
     with tarfile.open(source.path) as tar, open(path, "wb") as file:
         stream = tar.extractfile(source.member)
         assert stream is not None  # a file: `find_sources`

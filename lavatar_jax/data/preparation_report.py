@@ -17,14 +17,16 @@ svg{background:#f6f6f6}summary{cursor:pointer}"""
 NAMED = 200  # names that are listed for a reason
 
 
-def render_report(videos: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) -> str:
+def render_report(videos: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes], poses: int) -> str:
     """HTML of what became of `videos`: entries with name, seconds, fps, records, frames, pieces (each with
-    face and level_db), dropped [(where, reason)] and notes. `pictures`: JPEG files by title."""
+    face and level_db), dropped [(where, reason)] and notes. `pictures`: JPEG files by title. `poses`: records
+    that have a pose."""
     records = sum(video["records"] for video in videos)
     hours = sum(video["frames"] for video in videos) / 25 / 3600
     kept = sum(1 for video in videos if video["records"])
     parts = [
-        f"<p><b>{records}</b> records ({hours:.2f} hours) of <b>{kept}</b> of {len(videos)} videos.</p>",
+        f"<p><b>{records}</b> records ({hours:.2f} hours) of <b>{kept}</b> of {len(videos)} videos; "
+        f"<b>{poses}</b> records have a driving pose.</p>",
         _reasons("Dropped", [(v["name"], *drop) for v in videos for drop in v["dropped"]]),
         _reasons("Notes", [(v["name"], "", note) for v in videos for note in v["notes"]]),
         "<h2>Distributions</h2>",

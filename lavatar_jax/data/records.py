@@ -15,7 +15,8 @@ and, where known:
     mouth      [h, w] uint8: 0 .. 255, where the loss looks closer
     openness   [T] float16: how far the mouth is open, 0 .. 1
     motion     [Fm, h, w, Z] float16: latents of the frames before the clip
-    pose       [F, h, w, Z] float16: latents of the driving pose
+    pose       [F, h, w, Z] float16: raw means of the driving pose, in step with `latent`; its context is a
+               copy of its first frame, anew for each clip of the sampler (`inference/pose.py`)
     spread     [Z] float16: the encoder's own deviation
 """
 

@@ -133,9 +133,9 @@ def test_the_report_counts_reasons_and_escapes_names():
         "notes": ["no caption"],
     }  # fmt: skip
     other = {**video, "name": "c.mp4", "records": 0, "frames": 0, "pieces": []}
-    page = render_report([video, other], {"<i>": b"jpeg"})
+    page = render_report([video, other], {"<i>": b"jpeg"}, 1)
     assert "<b>2</b> records" in page
-    assert "<b>1</b> of 2 videos" in page
+    assert "<b>1</b> of 2 videos; <b>1</b> records have a driving pose" in page
     assert "<td>no face</td><td><details><summary>2</summary>" in page
     assert "&lt;b&gt;.mp4: 0 - 1 s" in page
     assert "<b>.mp4" not in page
