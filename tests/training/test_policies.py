@@ -136,7 +136,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(step_fn: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("measured", "message"),
-    [({}, "no such number is measured, only step_again"), ({"evaluate": None}, "stage 1")],
+    [({}, "no such number is measured, only step_again"), ({"evaluate": None}, "stages 1 and 2 do")],
 )
 def test_a_best_number_that_nothing_measures_is_refused_before_the_first_step(
     step_fn: Any, tmp_path: Path, measured: dict[str, Any], message: str
