@@ -80,10 +80,11 @@ class Published(NamedTuple):
     adapters: Tensors
 
 
-def write_published(folder: Path, *, seed: int = 0, shards: int = 4) -> Published:
+def write_published(folder: Path, *, seed: int = 0, shards: int = 4, pickled: bool = True) -> Published:
     """Writes `folder/Wan2.2-S2V-14B` and `folder/Live-Avatar/liveavatar.safetensors`.
 
-    Skips the calling test where torch or tokenizers, which write some of the files, are not installed.
+    `pickled`: with .pth files, as published, otherwise with .safetensors in their place. Skips the calling
+    test where torch (for those) or tokenizers are not installed.
     """
     wan, lora = folder / "Wan2.2-S2V-14B", folder / "Live-Avatar" / LORA
     for path in (wan / TOKENIZER, wan / SPEECH, lora.parent):
@@ -96,8 +97,11 @@ def write_published(folder: Path, *, seed: int = 0, shards: int = 4) -> Publishe
     adapters = random_tensors(rng, lora_shapes())
     write_shards(wan, dit, shards)
     (wan / "config.json").write_text(json.dumps(dit_json(), indent=2))
-    write_pth(wan / VAE, vae)
-    write_pth(wan / TEXT, text)
+    for name, tensors in ((VAE, vae), (TEXT, text)):
+        if pickled:
+            write_pth(wan / name, tensors)
+        else:
+            save_file(tensors, (wan / name).with_suffix(".safetensors"))
     write_tokenizer(wan / TOKENIZER)
     save_file(speech, wan / SPEECH / "model.safetensors", {"format": "pt"})
     (wan / SPEECH / "config.json").write_text(json.dumps(SPEECH_CONFIG, indent=2))

@@ -8,7 +8,6 @@ programs that load that one. The numbers are the run's averages, in float32; alp
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from lavatar_jax.config import DiTConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import check_new, replacing, write_errors
 from lavatar_jax.models.dit import CausalDiT
-from lavatar_jax.training.finished import checked_average, lora_of
+from lavatar_jax.training.finished import checked_average, dit_run, lora_of
 from lavatar_jax.training.weights import abstract_weights
 
 
@@ -50,10 +49,7 @@ def _parameter(path: str, array: np.ndarray) -> Parameter:
 def export_lora(folder: Path, out: Path) -> int:
     """Write the averaged adapters of a run -> pairs. Raises UserError for what is no run with adapters."""
     check_new(out)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run of stage 1 or 2: {path} is missing")
-    config = json.loads(path.read_text())
+    config = dit_run(folder)
     adapters, model = lora_of(config), config_from_dict(DiTConfig, config["model"])
     if not adapters.rank:
         raise UserError(

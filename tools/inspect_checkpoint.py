@@ -88,6 +88,8 @@ def show(folder: Path, manifest: Manifest, problems: dict[str, list[str]]) -> No
     console.print(table)
     for source in manifest.sources:
         console.print(f"from {source.file}  {source.bytes:,} bytes  sha256 {source.sha256}", soft_wrap=True)
+    if manifest.trained is not None:
+        console.print(f"but the transformer from {manifest.trained}", soft_wrap=True)
     if manifest.lora is not None:
         kept = "merged" if manifest.lora["merged"] else "kept beside the weights"
         console.print(f"LoRA {manifest.lora['file']}: {manifest.lora['pairs']} pairs, {kept}", soft_wrap=True)

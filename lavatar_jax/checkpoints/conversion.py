@@ -13,10 +13,10 @@ import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -25,7 +25,7 @@ from lavatar_jax.checkpoints import orbax_store
 from lavatar_jax.checkpoints.disk import check_space
 from lavatar_jax.checkpoints.journal import Journal
 from lavatar_jax.checkpoints.lora_keys import LoraPair, extra_keys, read_lora
-from lavatar_jax.checkpoints.manifest import Component, Manifest, SourceFile, Stored, hash_file
+from lavatar_jax.checkpoints.manifest import Component, DType, Manifest, SourceFile, Stored, hash_file
 from lavatar_jax.checkpoints.orbax_store import stored_leaves, write_metadata
 from lavatar_jax.checkpoints.outputs import Recipe, outputs_of
 from lavatar_jax.checkpoints.plan import Plan, make_plan
@@ -39,10 +39,11 @@ from lavatar_jax.checkpoints.published import (
 )
 from lavatar_jax.checkpoints.sources import LazyTensors, SafetensorsFile
 from lavatar_jax.checkpoints.store import config_to_json
-from lavatar_jax.checkpoints.stream_write import Output, write_output
+from lavatar_jax.checkpoints.stream_write import Advance, Output, write_output
 from lavatar_jax.config import RELEASE_TPP, SamplingConfig
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import check_new, write_errors
+from lavatar_jax.models.avatar import AvatarConfig
 
 JOURNAL = "journal.jsonl"
 
@@ -58,7 +59,7 @@ class Task:
     wan: Path
     out: Path
     lora: Path | None = None
-    dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
+    dtype: DType = "bf16"
     per_channel: bool = False
     merge: bool = True
     sampling: SamplingConfig = RELEASE_TPP
@@ -94,7 +95,8 @@ class Prepared:
     lora: SafetensorsFile | None
 
     def outputs(self, component: str) -> Iterator[Output]:
-        return outputs_of(self.plans[component], self.published.tensors[component], self.recipes[component])
+        leaves, tensors = self.plans[component].leaves, self.published.tensors[component]
+        return outputs_of(leaves, tensors, self.recipes[component])
 
     @property
     def files(self) -> list[Path]:
@@ -126,7 +128,9 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
             components = {}
             for name in prepared.plans:
                 with write_errors(task.out):
-                    components[name] = _write_component(partial / name, prepared, name, journal, progress)
+                    components[name] = write_component(
+                        partial / name, prepared.outputs(name), journal, progress.written
+                    )
                 collect(wait=False)
             hashes = collect(wait=True)
         manifest = Manifest(
@@ -140,10 +144,13 @@ def convert_folder(task: Task, open_pickle: Open, progress: Progress | None = No
             components=components,
         )
         with write_errors(task.out):
-            _finish(partial, prepared, manifest)
-            os.replace(partial, task.out)
-            _sync(task.out.parent)
-        (task.out / JOURNAL).unlink()
+            shutil.copytree(
+                prepared.published.folder / TOKENIZER,
+                partial / "tokenizer",
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns(".*"),
+            )
+            finish_folder(partial, task.out, prepared.published.config, manifest)
     return manifest
 
 
@@ -178,35 +185,32 @@ def plan_component(name: str, published: Published) -> Plan:
     return make_plan(name, published.tensors[name].infos, RULES[name], model)
 
 
-def _write_component(
-    folder: Path, prepared: Prepared, name: str, journal: Journal, progress: Progress
+def write_component(
+    folder: Path, outputs: Iterable[Output], journal: Journal, advance: Advance = lambda count: None
 ) -> Component:
+    """Write an orbax checkpoint, or go on with it; `advance` is told the bytes that are finished."""
     tensors: dict[str, Stored] = {}
     nbytes = 0
     folder.mkdir(exist_ok=True)
-    for output in prepared.outputs(name):
-        tensors[output.path] = write_output(
-            folder, output, journal, f"{name}/{output.path}", progress.written
-        )
+    for output in outputs:
+        name = f"{folder.name}/{output.path}"
+        tensors[output.path] = write_output(folder, output, journal, name, advance)
         nbytes += output.nbytes
     write_metadata(folder, {path: stored.shape for path, stored in tensors.items()})
     parameters = sum(stored.parameters for stored in tensors.values())
     return Component(parameters=parameters, bytes=nbytes, tensors=tensors)
 
 
-def _finish(partial: Path, prepared: Prepared, manifest: Manifest) -> None:
-    """What is small: tokenizer, configuration and manifest; then all is there, and on disk."""
-    shutil.copytree(
-        prepared.published.folder / TOKENIZER,
-        partial / "tokenizer",
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns(".*"),
-    )
-    (partial / "config.json").write_text(config_to_json(prepared.published.config))
+def finish_folder(partial: Path, out: Path, config: AvatarConfig, manifest: Manifest) -> None:
+    """Configuration and manifest come last; when all is there and on disk, the folder gets its name."""
+    (partial / "config.json").write_text(config_to_json(config))
     manifest.write(partial)
     for name in manifest.components:
         stored_leaves(partial / name)
     os.sync()
+    os.replace(partial, out)
+    _sync(out.parent)
+    (out / JOURNAL).unlink()
 
 
 @contextlib.contextmanager
@@ -247,12 +251,19 @@ def _hashing(
             pool.shutdown(cancel_futures=True)
 
 
+def writer_record() -> dict[str, Any]:
+    """What must be the same for any folder to be gone on with."""
+    return {
+        "project version": __version__,
+        "cut into chunks": [orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, orbax_store.TILES],
+    }
+
+
 def _task_record(task: Task, prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a conversion to be gone on with."""
     sources = [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in prepared.files]
     return {
-        "project version": __version__,
-        "cut into chunks": [orbax_store.CHUNK_BYTES, orbax_store.JOIN_BYTES, orbax_store.TILES],
+        **writer_record(),
         "--dtype": [task.dtype, task.per_channel],
         "--lora": None if task.lora is None else [str(task.lora.absolute()), task.merge],
         "set of source files": sources,

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+DType = Literal["bf16", "fp8", "fp32"]  # fp8: bf16, but the transformer's large linear layers in e4m3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,17 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents of `manifest.json`. `lora`: file, sha256, pairs, scale, merged; None without adapters."""
+    """Contents of `manifest.json`. `lora`: file, sha256, pairs, scale, merged; None without adapters.
+
+    `trained`: the run and step that the transformer is of, which is then not that of `sources`.
+    """
 
     version: str  # of this project
-    dtype: str  # of transformer and text encoder
+    dtype: DType  # of transformer and text encoder
     sources: tuple[SourceFile, ...]
     lora: dict[str, Any] | None
     components: dict[str, Component]
+    trained: str | None = None
     complete: bool = True
 
     def write(self, folder: Path) -> None:

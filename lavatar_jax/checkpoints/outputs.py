@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from lavatar_jax.checkpoints.lora_keys import LoraPair, merged
-from lavatar_jax.checkpoints.plan import Leaf, Plan
+from lavatar_jax.checkpoints.manifest import DType
+from lavatar_jax.checkpoints.plan import Leaf
 from lavatar_jax.checkpoints.sources import Tensors
 from lavatar_jax.checkpoints.stream_write import BLOCK_BYTES, Layer, Output, bits_of, copy_bits
 from lavatar_jax.checkpoints.transforms import Transform
@@ -35,7 +36,7 @@ class Recipe:
     other files.
     """
 
-    dtype: Literal["bf16", "fp8", "fp32"]
+    dtype: DType
     per_channel: bool = False
     pairs: Mapping[str, LoraPair] = dataclasses.field(default_factory=dict)
     merge: bool = True
@@ -43,10 +44,10 @@ class Recipe:
     replaced: Mapping[str, tuple[Tensors, str]] = dataclasses.field(default_factory=dict)
 
 
-def outputs_of(plan: Plan, tensors: Tensors, recipe: Recipe) -> Iterator[Output]:
+def outputs_of(leaves: Iterable[Leaf], tensors: Tensors, recipe: Recipe) -> Iterator[Output]:
     """All arrays of a component, in the order of the model's parameters."""
     dtype = DTYPES[recipe.dtype]
-    for leaf in plan.leaves:
+    for leaf in leaves:
         weights = [_read(tensors, key, t, recipe) for key, t in zip(leaf.keys, leaf.transforms, strict=True)]
         pairs = [recipe.pairs.get(key.removesuffix(".weight")) for key in leaf.keys]
         base = leaf

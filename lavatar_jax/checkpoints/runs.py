@@ -15,9 +15,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from lavatar_jax.checkpoints.orbax_store import alone, reader
+from lavatar_jax.checkpoints.sources import TensorInfo
 from lavatar_jax.errors import UserError
 
 State = TypeVar("State")
+
+_AVERAGE = ".average['"  # begins the names of averaged parameters, which "']" ends
+_TO_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ class RunCheckpoints:
         if step is None:
             return state, None
         expected = flatten_names(state)
-        stored = self._stored(step)
+        stored = self.stored(step)
         wrong = [
             name
             for name in sorted(expected.keys() | stored.keys())
@@ -137,26 +141,31 @@ class RunCheckpoints:
         leaves = [found["state"][name] for name in expected]
         return jax.tree.unflatten(structure, leaves), _of_this_process(found["data"])
 
-    def _stored(self, step: int) -> dict[str, Any]:
-        return self.manager.item_metadata(step)["state"].tree
-
-    def read(self, step: int | None = None, prefix: str = "", shardings: Any = None) -> dict[str, jax.Array]:
-        """Arrays of a checkpoint (default: the newest) by name, those whose name begins with `prefix`.
-
-        `shardings(name, shape)` places them; None: on one device. Raises UserError when there is none.
-        """
-        step = self.manager.latest_step() if step is None else step
+    def stored(self, step: int | None) -> dict[str, Any]:
+        """Shapes and dtypes of a checkpoint's arrays by name. Raises UserError when there is none."""
         if step is None:
             raise UserError(f"no checkpoint in {self.folder}: train first, or give the folder of a run")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self.manager.item_metadata(step)["state"].tree
+
+    def read(self, step: int | None = None, prefix: str = "", shardings: Any = None) -> dict[str, Any]:
+        """Arrays of a checkpoint (default: the newest) by name, those whose name begins with `prefix`.
+
+        `shardings(name, shape)` places them; None: numpy arrays, which pass through no device. Raises
+        UserError when there is none.
+        """
+        step = self.manager.latest_step() if step is None else step
         arguments = {
-            name: ocp.ArrayRestoreArgs(sharding=shardings(name, leaf.shape) if shardings else here)
-            for name, leaf in self._stored(step).items()
+            name: ocp.ArrayRestoreArgs(sharding=shardings(name, leaf.shape)) if shardings else _TO_HOST
+            for name, leaf in self.stored(step).items()
             if name.startswith(prefix)
         }
+        return self.load(step, arguments)
+
+    def load(self, step: int | None, arguments: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+        """Some arrays of a checkpoint that is there, by name, as they are asked for."""
         folder = self.folder / str(step) / "state"
         request = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
+            item=dict.fromkeys(arguments, 0), restore_args=dict(arguments), partial_restore=True
         )
         with reader() as checkpointer:
             return checkpointer.restore(folder, args=request)
@@ -176,21 +185,67 @@ def read_average(run: Path, shardings: Any = None) -> dict[str, Any]:
     `shardings(name, shape)`: where they go; None: to the host, as numpy arrays. Raises UserError for a folder
     that is no run.
     """
+    checkpoints, step = _open_result(run)
+
+    def place(name: str, shape: tuple[int, ...]) -> Any:
+        return shardings(_parameter(name), shape)
+
+    found = checkpoints.read(step, _AVERAGE, place if shardings else None)
+    checkpoints.close()
+    return {_parameter(name): value for name, value in found.items()}
+
+
+class RunAverage:
+    """What `read_average` gives, one parameter after the other; a checkpoint like those of `sources`.
+
+    `step`: of the run's result. Raises UserError for a folder that is no run, or has no checkpoint.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._checkpoints, self.step = _open_result(run)
+        stored = self._checkpoints.stored(self.step)
+        folder = self._checkpoints.folder / str(self.step)
+        self.files = (folder,)
+        self.infos = {
+            _parameter(name): TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype), folder)
+            for name, leaf in stored.items()
+            if name.startswith(_AVERAGE)
+        }
+        self._last: dict[str, np.ndarray] = {}
+
+    def read(self, key: str) -> np.ndarray:
+        """A parameter with all its layers, kept until another one is read: they are asked for one by one.
+
+        Raises UserError if the checkpoint is no longer there.
+        """
+        if key not in self._last:
+            self._last.clear()  # before the next one is read
+            name = f"{_AVERAGE}{key}']"
+            try:
+                self._last[key] = self._checkpoints.load(self.step, {name: _TO_HOST})[name]
+            except Exception:
+                if self.files[0].is_dir():
+                    raise
+                raise UserError(
+                    f"{self.files[0]} was removed while it was read, by a training that goes on: wait for "
+                    "its end, or let it keep more checkpoints (--checkpoint.keep)"
+                ) from None
+        return self._last[key]
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+
+def _open_result(run: Path) -> tuple[RunCheckpoints, int | None]:
+    """The checkpoints of a run, and its `result_step`. Raises UserError for a folder that is no run."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a training run: it has no checkpoints folder")
-    step = result_step(run)
-    checkpoints = RunCheckpoints(folder, read_only=True)
-    prefix = ".average['"
+    return RunCheckpoints(folder, read_only=True), result_step(run)
 
-    def place(name: str, shape: tuple[int, ...]) -> Any:
-        return shardings(name[len(prefix) : -2], shape)
 
-    found = checkpoints.read(step, prefix, place if shardings else None)
-    checkpoints.close()
-    return {
-        name[len(prefix) : -2]: value if shardings else np.asarray(value) for name, value in found.items()
-    }
+def _parameter(name: str) -> str:
+    return name.removeprefix(_AVERAGE).removesuffix("']")
 
 
 def result_step(run: Path) -> int | None:

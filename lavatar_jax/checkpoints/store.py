@@ -212,8 +212,8 @@ def is_published(folder: Path) -> bool:
 def _refuse_partial(folder: Path) -> None:
     if folder.name.endswith(".partial") and os.path.isdir(folder):
         raise UserError(
-            f"{folder} is a conversion that was not finished; run the same tools/convert.py command again, "
-            "it goes on where it stopped"
+            f"{folder} is a conversion that was not finished; run the same command again (tools/convert.py, "
+            "or tools/package_model.py), it goes on where it stopped"
         )
 
 

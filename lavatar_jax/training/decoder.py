@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import train_mesh
 from lavatar_jax.training.distributed import first_process_only
-from lavatar_jax.training.finished import averaged_model
+from lavatar_jax.training.finished import averaged_model, dit_run
 from lavatar_jax.training.latents import LatentsConfig, check_rendering, open_latents
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
@@ -91,10 +90,7 @@ class DecoderRun(Run):
 
 def load_dit(run: str | Path) -> CausalDiT:
     """The averaged transformer of a run of stage 1 or 2, with its adapters merged. Raises UserError."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
-    values = json.loads(path.read_text())
+    values = dit_run(Path(run))
     config = config_from_dict(DiTConfig, values["model"])
     return averaged_model(Path(run), values, lambda rngs: CausalDiT(config, rngs=rngs))
 

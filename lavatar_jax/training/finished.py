@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from flax import nnx
 
 from lavatar_jax import lora
 from lavatar_jax.checkpoints.runs import read_average, result_time
+from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.checkpoints.store import config_from_dict
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import MeshConfig, train_mesh
@@ -28,18 +29,36 @@ def lora_of(config: dict[str, Any]) -> LoraConfig:
     return config_from_dict(LoraConfig, config.get("lora", {}))
 
 
+def dit_run(run: Path) -> dict[str, Any]:
+    """`config.json` of a run that trained a transformer. Raises UserError for what is none."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run of stage 1 or 2: {path} is missing")
+    values = read_json(path)
+    if "layers" not in values.get("model", {}):
+        raise UserError(
+            f"{run} is not a run of stage 1 or 2: {path} tells of no transformer that was trained"
+        )
+    return values
+
+
 def checked_average(run: Path, wanted: dict[str, Any]) -> Params:
     """The averaged parameters of a run, which must have the names and shapes of `wanted`.
 
     Raises UserError where they do not, as when `config.json` is of another run, or there is no checkpoint.
     """
     average = read_average(run)
-    if wrong := misfits(average, wanted):
+    check_parameters(run, average, wanted)
+    return average
+
+
+def check_parameters(run: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError unless what a run's checkpoint has are the names and shapes of its `config.json`."""
+    if wrong := misfits(found, wanted):
         raise UserError(
             f"the checkpoint in {run} is not of the model of its config.json ({len(wrong)} differences, "
             f"first: {wrong[0]}): put the config.json of that training back, or train in another --out"
         )
-    return average
 
 
 def averaged_model(run: Path, config: dict[str, Any], make: Callable[[nnx.Rngs], Model]) -> Model:

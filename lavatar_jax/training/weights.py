@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -194,7 +194,7 @@ def _anywhere(shardings: dict[str, NamedSharding]) -> NamedSharding:
     return NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())
 
 
-def misfits(found: Params, wanted: dict[str, Any]) -> list[str]:
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Names that are missing, unknown or of another shape."""
     wrong = sorted(found.keys() ^ wanted.keys())
     return wrong + [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
