@@ -5,7 +5,8 @@ There one clip is on each of 128 devices. The four rings of a clip alone take 48
 80 GB share a clip (`--plan`): batches of 64 on 128 devices, or in parts (`--train.accumulate`) on fewer.
 `init` is the converted checkpoint: the bidirectional teacher, on which the student (`lora.init`: stage 1's
 adapters) and the fake score are adapters. Motion frames are gone. The rollout has the levels, ring and sink
-of the sampler, and new noise between the steps.
+of the sampler, and new noise between the steps. Guidance leads away from silence and the negative prompt that
+`tools/prepare_data.py` encoded: the published weights were not trained on empty text states.
 """
 
 from configs.wan14b_forcing import DATA, MODEL
@@ -36,7 +37,7 @@ def get_config() -> DistillRun:
         rollout=SelfForcingConfig(
             transition="renoise", shift=5.0, grad_frames=21, exit_weights=(1.0, 1.0, 1.0, 0.0)
         ),
-        score=ScoreConfig(kind="bidirectional", without_audio="zeros", without_text="zeros"),
+        score=ScoreConfig(kind="bidirectional", without_audio="zeros", without_text="negative"),
         loss=DMDConfig(shift=5.0, guidance=3.0),
         dyna=DynaConfig(),
         distill=DistillConfig(critic_rate=2e-6, update_ratio=5),

@@ -43,6 +43,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lavatar_jax.data.negative_prompt import write_negative
 from lavatar_jax.data.shards import ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.output import check_output
@@ -79,12 +80,15 @@ def write_records(run: Any, folder: Path) -> None:
     }
     record["audio"] = record["audio"][0]
     record["mouth"] = np.full(shapes["mouth"], 255, np.uint8)
+    negative = record.pop("negative_text", None)
     record |= {"caption": "", "spread": np.ones(channels, np.float16)}
     with ShardWriter(folder) as writer:
         for number in range(run.train.batch):
             writer.write({"id": str(number), **record})
         writer.flush()
         writer.finish(mean=np.zeros(channels), std=np.ones(channels), encoder={"source": "random numbers"})
+    if negative is not None:
+        write_negative(folder, "", negative)
 
 
 def window_of(run: Any) -> int:

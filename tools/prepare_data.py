@@ -38,6 +38,7 @@ from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.records import file_name
+from lavatar_jax.data.negative_prompt import read_negative, write_negative
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import write_errors, write_text
@@ -69,6 +70,8 @@ class Prepare:
     """Length of a clip in blocks of 12 frames."""
     motion_frames: int = 9
     """Frames before a clip that are kept as its past; 1 + 4k."""
+    negative_prompt: str = ""
+    """What guidance may lead away from in stage 2; encoded where the model has a text encoder."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
     """Processes that decode and filter; 0: none but this one."""
     shard_records: int = 256
@@ -139,9 +142,22 @@ def main(args: list[str]) -> None:
     )
 
 
+def keep_negative(out: Path, prompt: str, encoder: ClipEncoder) -> None:
+    """Write the negative prompt beside the records, unless it is there. Models without a text encoder, which
+    take the words themselves, have none."""
+    if encoder.config.text is None:
+        return
+    found = read_negative(out)
+    if found is None or found[0] != prompt:
+        states = encoder.read(prompt)
+        assert states is not None
+        write_negative(out, prompt, states)
+
+
 def _settle(out: Path, settings: dict[str, Any], *, begun: bool) -> None:
     """Records of one folder are of one kind; while there are none, all videos are looked at again.
 
+        keep_negative(options.out, options.negative_prompt, encoder)
     What the folder of an earlier version does not tell is not compared. Raises UserError.
     """
     if (out / RENDERED).is_file():

@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from lavatar_jax.data.batches import EPOCHS, Batch, Batches, rows_of_part
+from lavatar_jax.data.negative_prompt import read_negative
 from lavatar_jax.data.records import Record, decode_record, shapes
 from lavatar_jax.data.shards import read_dataset, read_manifest
 from lavatar_jax.data.skipped import SkippedLog
@@ -56,7 +57,8 @@ class ShardSource:
     `skipped_log`: a file that gets a line for every record that cannot be read (`skipped.SkippedLog`).
     `held_out`: so many records, the last ones, are in no bucket, so that no batch has them; as an attribute,
     their numbers. Of real videos, the other records of theirs are left out too: they show the same person.
-    Raises UserError where the folder is missing, foreign, unfinished, or without records.
+    `negative`: with the folder's negative prompt (`negative_prompt`) in each row.
+    Raises UserError where the folder is missing, foreign, unfinished, or without records or that prompt.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class ShardSource:
         text_dim: int,
         skipped_log: str | Path | None = None,
         held_out: int = 0,
+        negative: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.dataset = read_dataset(folder)
         self.text_shape = (text_len, text_dim)
+        self._negative = self._read_negative() if negative else None
         self.mean, self.std = (np.array(x, np.float32) for x in (self.dataset.mean, self.dataset.std))
         rows = read_manifest(folder)
         if not rows:
@@ -159,6 +163,8 @@ class ShardSource:
         size = row["latent"].shape[1:3]
         row["mouth"] = row["mouth"] / np.float32(255) if "mouth" in row else np.ones(size, np.float32)
         row["text"] = self._text(str(record["caption"]), row.get("text"))
+        if self._negative is not None:
+            row["negative_text"] = self._negative
         return {**row, "record": np.asarray(number, np.int32)}
 
     def read_batch(self, numbers: np.ndarray) -> Batch:
@@ -193,10 +199,20 @@ class ShardSource:
                 self._readers[shard] = array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
             return self._readers[shard]
 
+    def _read_negative(self) -> np.ndarray:
+        found = read_negative(self.folder)
+        if found is None:
+            raise UserError(
+                f"{self.folder} has no negative prompt: run tools/prepare_data.py on it again, with the same "
+                "--model (a converted one), or choose --score.without-text zeros"
+            )
+        return self._pad(found[1].astype(np.float32))
+
     def _text(self, caption: str, states: np.ndarray | None) -> np.ndarray:
+        return encode_words(caption, *self.text_shape) if states is None else self._pad(states)
+
+    def _pad(self, states: np.ndarray) -> np.ndarray:
         length, dim = self.text_shape
-        if states is None:
-            return encode_words(caption, length, dim)
         if states.shape[0] > length or states.shape[1] != dim:
             raise UserError(
                 f"{self.folder} has text states {list(states.shape)}, the model takes {length} of {dim}; "
@@ -231,7 +247,7 @@ def record_batches(
     """Endless shuffled batches: dicts of arrays, float32 but for `record`; a batch has one latent shape.
 
         latent [B, F, h, w, Z] and reference [B, 1, h, w, Z], normalised by the folder's mean and std
-        audio [B, 1, L, A, T]   text [B, S, E], zeros after the caption's end
+        audio [B, 1, L, A, T]   text [B, S, E], zeros after the caption's end   negative_text alike, if wanted
         mouth [B, h, w] in 0 .. 1, ones where it is not known
         record [B] int32: numbers in the manifest (`source.ids` has the names)
         openness [B, T], motion [B, Fm, h, w, Z] and pose [B, F, h, w, Z] where the bucket's records have them

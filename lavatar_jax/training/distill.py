@@ -179,7 +179,13 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
     Raises UserError."""
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
-    source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
+    source, batches = open_training(
+        config.data,
+        train,
+        Path(config.out),
+        held_out=config.samples.records,
+        negative=config.score.without_text == "negative",
+    )
     check_records(source, config.model)
     params, critic, base = starting_weights(config, mesh)
     rewards = load_rewards(config.dyna, config)

@@ -254,7 +254,11 @@ def _check_same_kind(writer: ShardWriter, config: LatentsConfig, vae: VAEConfig)
 
 
 def open_latents(
-    config: LatentsConfig, *, skipped_log: str | Path | None = None, held_out: int = 0
+    config: LatentsConfig,
+    *,
+    skipped_log: str | Path | None = None,
+    held_out: int = 0,
+    negative: bool = False,
 ) -> ShardSource:
     """The encoded clips as `record_batches` takes them. Raises UserError when there are none."""
     return ShardSource(
@@ -263,17 +267,18 @@ def open_latents(
         text_dim=config.text_dim,
         skipped_log=skipped_log,
         held_out=held_out,
+        negative=negative,
     )
 
 
 def open_training(
-    data: LatentsConfig, train: LoopConfig, out: Path, *, held_out: int = 0
+    data: LatentsConfig, train: LoopConfig, out: Path, *, held_out: int = 0, negative: bool = False
 ) -> tuple[ShardSource, Batches]:
     """Encode clips if needed -> (all records, endless batches). Raises UserError.
 
     Records that cannot be read are named in a file of the run's folder `out`. No batch has the last
-    `held_out` records.
+    `held_out` records. `negative`: with the negative prompt (`ShardSource`).
     """
     first_process_only(lambda: prepare_latents(data))
-    source = open_latents(data, skipped_log=out / SKIPPED, held_out=held_out)
+    source = open_latents(data, skipped_log=out / SKIPPED, held_out=held_out, negative=negative)
     return source, record_batches(source, batch=train.batch, seed=train.seed, workers=train.workers)

@@ -56,7 +56,7 @@ def walk(
     """The teacher's path, guided as in `loss` -> (where it is at each of the student's levels, its end)."""
     cond = make_flow(teacher, batch, score)
     uncond = make_flow(teacher, unconditional(batch, score), score)
-    no_text = make_flow(teacher, without_prompt(batch), score)
+    no_text = make_flow(teacher, without_prompt(batch, score), score)
 
     def velocity(x: Array, sigma: Array) -> Array:
         t_BF = jnp.full(x.shape[:2], TIMESTEPS * sigma)
@@ -123,7 +123,13 @@ def train_ode(config: OdeRun) -> TrainState:
     """Encode clips if needed, then train (or go on with) the student of `config.out`. Raises UserError."""
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
-    source, batches = open_training(config.data, train, Path(config.out), held_out=config.samples.records)
+    source, batches = open_training(
+        config.data,
+        train,
+        Path(config.out),
+        held_out=config.samples.records,
+        negative=config.score.without_text == "negative",
+    )
     check_records(source, config.model)
     params, _, frozen = starting_weights(config, mesh)
     optimizer = make_optimizer(params, stacked=STACKED, weight_decay=train.weight_decay, config=config.optim)

@@ -24,12 +24,13 @@ class ScoreConfig:
     `kind`: "bidirectional" sees the whole clip at once, as Wan2.2-S2V does; "causal" is a model of stage 1
     with one noise level for all blocks, for models that have no bidirectional teacher.
     What guidance leads away from: `without_audio` "zeros" (for models trained with audio dropout) or "other",
-    the voice of another clip of the batch; `without_text` "zeros". "keep" leaves a condition as it is.
+    the voice of another clip of the batch; `without_text` "zeros" (for models trained with text dropout) or
+    "negative", the negative prompt beside the records. "keep" leaves a condition as it is.
     """
 
     kind: Literal["causal", "bidirectional"] = "bidirectional"
     without_audio: Literal["keep", "zeros", "other"] = "zeros"
-    without_text: Literal["keep", "zeros"] = "zeros"
+    without_text: Literal["keep", "zeros", "negative"] = "zeros"
 
 
 def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
@@ -38,12 +39,13 @@ def unconditional(batch: Batch, config: ScoreConfig) -> Batch:
     if config.without_audio != "keep":
         audio = jnp.zeros_like(audio) if config.without_audio == "zeros" else jnp.roll(audio, 1, axis=0)
     batch = {**batch, "audio": audio}
-    return without_prompt(batch) if config.without_text == "zeros" else batch
+    return batch if config.without_text == "keep" else without_prompt(batch, config)
 
 
-def without_prompt(batch: Batch) -> Batch:
-    """The batch as text dropout shows it (`ForcingConfig.text_dropout`)."""
-    return {**batch, "text": jnp.zeros_like(batch["text"])}
+def without_prompt(batch: Batch, config: ScoreConfig) -> Batch:
+    """The batch with the negative prompt, or as text dropout shows it (`ForcingConfig.text_dropout`)."""
+    negative = config.without_text == "negative"
+    return {**batch, "text": batch["negative_text"] if negative else jnp.zeros_like(batch["text"])}
 
 
 def pose_of(dit: CausalDiT, batch: Batch) -> Float[Array, "B F H W C"] | None:
@@ -104,7 +106,7 @@ def make_judges(
     return {
         "real": make_denoiser(teacher, batch, config, grid),
         "real_uncond": make_denoiser(teacher, bare, config, grid),
-        "real_no_text": make_denoiser(teacher, without_prompt(batch), config, grid),
+        "real_no_text": make_denoiser(teacher, without_prompt(batch, config), config, grid),
         "fake": make_denoiser(critic, batch, config, grid),
         "fake_uncond": make_denoiser(critic, bare, config, grid),
     }

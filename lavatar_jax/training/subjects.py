@@ -157,6 +157,8 @@ def sample_of(run: DiTRun | DistillRun) -> dict[str, jax.ShapeDtypeStruct]:
     }
     if model.use_motion and isinstance(run, DiTRun):
         shapes["motion"] = (model.motion_frames[1], height, width, model.latent_channels)
+    if isinstance(run, DistillRun) and run.score.without_text == "negative":
+        shapes["negative_text"] = shapes["text"]
     return {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in shapes.items()}
 
 

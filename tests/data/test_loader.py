@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lavatar_jax.data.loader import ShardSource, record_batches
+from lavatar_jax.data.negative_prompt import write_negative
 from lavatar_jax.data.shards import ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.words import encode_words
@@ -248,6 +249,14 @@ def test_states_of_a_text_encoder_are_padded_and_must_fit(tmp_path: Path):
     assert [source[i]["text"].sum() for i in range(2)] == [18, 30]
     with pytest.raises(UserError, match=r"text states \[3, 6\], the model takes 2 of 6"):
         ShardSource(tmp_path, text_len=2, text_dim=6)[0]
+
+    assert "negative_text" not in source[0]
+    with pytest.raises(UserError, match="has no negative prompt: run tools/prepare_data"):
+        open_source(tmp_path, negative=True)
+    write_negative(tmp_path, "blurred", np.full((2, 6), 0.5))
+    batch = next(record_batches(open_source(tmp_path, negative=True), batch=2, seed=0))
+    wanted = np.concatenate([np.full((2, 6), 0.5), np.zeros((3, 6))])
+    np.testing.assert_array_equal(batch["negative_text"], np.stack([wanted, wanted]).astype(np.float32))
 
 
 def test_workers_of_an_unguarded_script_are_a_clear_error(prepared: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,8 +1,11 @@
 """What the judges of distillation are asked, and under which conditions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lavatar_jax.training.flow_grid import FlowGrid
 from lavatar_jax.training.scores import ScoreConfig, make_denoiser, make_judges, unconditional
@@ -14,17 +17,24 @@ BATCH = {
     "reference": normal(2, 2, 1, 4, 4, 3),
     "audio": normal(3, 2, 1, 2, 5, 24),
     "text": normal(4, 2, 4, 6),
+    "negative_text": normal(5, 2, 4, 6),
 }
+NO_TEXT, NEGATIVE = jnp.zeros_like(BATCH["text"]), BATCH["negative_text"]
 
 
-def test_each_judge_sees_its_own_conditions() -> None:
-    config = ScoreConfig(kind="causal", without_audio="other", without_text="keep")
+@pytest.mark.parametrize(
+    ("without_text", "bare_text", "no_text"),
+    [("keep", BATCH["text"], NO_TEXT), ("zeros", NO_TEXT, NO_TEXT), ("negative", NEGATIVE, NEGATIVE)],
+)
+def test_each_judge_sees_its_own_conditions(without_text: Any, bare_text: Any, no_text: Any) -> None:
+    config = ScoreConfig(kind="causal", without_audio="other", without_text=without_text)
     noisy, t_BF = normal(1, 2, 6, 4, 4, 3), jnp.full((2, 6), 500.0)
-    bare = {**BATCH, "audio": BATCH["audio"][::-1]}  # two clips, so each has the other's voice
+    other_voice = BATCH["audio"][::-1]  # two clips, so each has the other's
+    bare = {**BATCH, "audio": other_voice, "text": bare_text}
     expected = {
         "real": (TEACHER, BATCH),
         "real_uncond": (TEACHER, bare),
-        "real_no_text": (TEACHER, {**BATCH, "text": jnp.zeros_like(BATCH["text"])}),
+        "real_no_text": (TEACHER, {**BATCH, "text": no_text}),
         "fake": (CRITIC, BATCH),
         "fake_uncond": (CRITIC, bare),
     }
