@@ -72,6 +72,8 @@ class Prepare:
     """Frames before a clip that are kept as its past; 1 + 4k."""
     negative_prompt: str = ""
     """What guidance may lead away from in stage 2; encoded where the model has a text encoder."""
+    other_light: float = 0.0
+    """Share of references in another light than their clip, so that colours are not simply copied."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
     """Processes that decode and filter; 0: none but this one."""
     shard_records: int = 256
@@ -89,6 +91,8 @@ def main(args: list[str]) -> None:
     if not sources and not useless:
         raise UserError(f"{options.folder} has no videos ({', '.join(VIDEOS)} or .tar); give another folder")
     load_detector(options.faces)  # say now that OpenCV is missing
+    if not 0 <= options.other_light <= 1:
+        raise UserError(f"--other-light is a share from 0 to 1, not {options.other_light:g}")
 
     from tools.real_encode import ClipEncoder  # it needs jax, which workers do without
 
@@ -106,6 +110,7 @@ def main(args: list[str]) -> None:
         )
     settings = {
         **encoder.about,
+        other_light=options.other_light,
         "faces": options.faces,
         "filters": dataclasses.asdict(options.filters),
     }
@@ -173,7 +178,7 @@ def _told(name: str, found: Any, wanted: Any) -> str:
     """A setting that differs, in the words of the options."""
     if name == "clip_frames":
         return f"another length: clips of {found} frames, not {wanted} (--blocks)"
-    if name.startswith(("motion", "faces", "filters")):
+    if name.startswith(("motion", "other", "faces", "filters")):
         return f"--{name.replace('_', '-')} {found}, not {wanted}"
     return f"another model: {name} {found}, not {wanted}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lavatar_jax.data.clip_filters import (
     shortest_piece,
 )
 from lavatar_jax.data.records import Record
+from lavatar_jax.data.references import other_light
 from lavatar_jax.inference.encode import frame_chunks
 from lavatar_jax.inference.images import size_less_than_area
 from lavatar_jax.models.avatar import AvatarConfig
@@ -64,17 +66,38 @@ def _encode(
     return np.concatenate(means), np.concatenate(spreads).mean(axis=0)
 
 
+def perturbed(photo: UInt8[np.ndarray, "H W 3"], name: str, share: float) -> UInt8[np.ndarray, "H W 3"]:
+    """A record's reference; in this share of records, which their names decide, in another light.
+
+    Its pose is another one than the clip's anyway, as it is of another time (method section 6).
+    """
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    if random.random() >= share:
+        return photo
+    lit = other_light(photo.astype(np.float32) / 127.5 - 1.0, random)
+    return np.round(127.5 * (lit + 1.0)).astype(np.uint8)
+
+
 class ClipEncoder:
     """The VAE, the ear and the reader of prompts of a model (`--model` of the other programs).
 
+    `other_light`: share of references in another light than their clip.
     Raises UserError where the folder is none, or damaged.
     """
 
-    def __init__(self, model: str, *, blocks: int, motion_frames: int, filters: FilterConfig) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        blocks: int,
+        motion_frames: int,
+        filters: FilterConfig,
+        other_light: float = 0.0,
+    ) -> None:
         self.folder: Path = model_folder(model)
         self.config = load_config(self.folder)
         self.sizes = target_sizes(self.config)
-        self.motion_frames, self.filters = motion_frames, filters
+        self.motion_frames, self.filters, self.other_light = motion_frames, filters, other_light
         self.clip_frames = blocks * self.config.dit.block_frames * self.config.vae.temporal_factor
         self.shortest = shortest_piece(motion_frames, self.clip_frames, filters)
         self._vae, self._speech = load_encoders(self.folder, self.config)
@@ -89,6 +112,7 @@ class ClipEncoder:
             "vae": dataclasses.asdict(self.config.vae),
             "clip_frames": self.clip_frames,
             "motion_frames": self.motion_frames,
+            "other_light": self.other_light,
         }
 
     def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[tuple[int, Record]]:
@@ -110,7 +134,8 @@ class ClipEncoder:
             if features is None:
                 features = self.hear(np.load(piece.samples), len(frames))
             latent, spread = _encode(self._vae, frames[start:stop])
-            reference, _ = _encode(self._vae, frames[away : away + 1])
+            photo = perturbed(frames[away], name, self.other_light)
+            reference, _ = _encode(self._vae, photo[None])
             record: Record = {
                 "id": name,
                 "caption": outcome.caption,

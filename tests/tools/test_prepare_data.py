@@ -25,7 +25,7 @@ from lavatar_jax.data.motion import Manner, talking_motion
 from lavatar_jax.data.shards import RENDERED, read_dataset, read_manifest
 from lavatar_jax.errors import UserError
 from tests.tools.videos import film, speech, still
-from tools import prepare_data, real_clips
+from tools import prepare_data, real_clips, real_encode
 from tools.real_clips import Job
 from tools.real_encode import ClipEncoder
 from tools.real_sources import Source, find_sources
@@ -417,14 +417,21 @@ def test_haar_finds_the_face_of_the_sample_photo():
     assert detect(np.zeros((1, 3000, 3), np.uint8)) == []
 
 
-def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Path):
+def test_the_shipped_model_encodes_a_clip(
+    faces: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from tools.real_clips import Outcome, Piece
 
     pictures = np.stack([np.asarray(Image.fromarray(f).resize((128, 128))) for f in faces[0]])
     piece = Piece(0, tmp_path / "0.npy", tmp_path / "0.sound.npy", 100.0, -20.0)
     np.save(piece.frames, pictures)
     np.save(piece.samples, speech(FRAMES / 25))
-    encoder = ClipEncoder("tiny", blocks=1, motion_frames=1, filters=FilterConfig())
+    seen: list[np.ndarray] = []
+    encode = real_encode._encode
+    monkeypatch.setattr(
+        real_encode, "_encode", lambda vae, video: (seen.append(video), encode(vae, video))[1]
+    )
+    encoder = ClipEncoder("tiny", blocks=1, motion_frames=1, filters=FilterConfig(), other_light=1.0)
     assert encoder.sizes == ((128, 128),)
     frame, record = next(encoder.records(Outcome("a.mp4", caption="smiling"), piece, set()))
     assert frame == 1
@@ -434,6 +441,20 @@ def test_the_shipped_model_encodes_a_clip(faces: list[np.ndarray], tmp_path: Pat
     mean, std = np.array(encoder.config.vae.latent_mean), np.array(encoder.config.vae.latent_std)
     normal = (record["latent"].astype(np.float32) - mean) / std
     assert 0.5 < normal.std() < 2
+    (photo,) = seen[1]  # of the same person at another time, in another light
+    assert not (photo == pictures).all(axis=(1, 2, 3)).any()
+
+
+def test_some_references_are_in_another_light():
+    photo = np.random.default_rng(0).integers(40, 200, (8, 8, 3), np.uint8)
+    names = [f"clip-{number}" for number in range(400)]
+    changed = [real_encode.perturbed(photo, name, 0.25) for name in names]
+    different = [picture for picture in changed if (picture != photo).any()]
+    assert 60 < len(different) < 140
+    assert len({picture.mean() for picture in different}) > 50
+    for name, picture in zip(names, changed, strict=True):
+        np.testing.assert_array_equal(real_encode.perturbed(photo, name, 0.25), picture, strict=True)
+    assert (real_encode.perturbed(photo, names[0], 0.0) == photo).all()
 
 
 def test_sources_are_sorted_and_named_by_their_place(videos: Path):
