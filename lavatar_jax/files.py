@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -65,6 +66,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes UTF-8, atomically. Raises UserError."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def link_file(file: Path, place: Path) -> None:
+    """The same file under another name too; a copy on another file system. Raises OSError."""
+    place.unlink(missing_ok=True)
+    try:
+        os.link(file.resolve(), place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def check_new(path: Path) -> None:

@@ -16,9 +16,11 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
-from collections.abc import Generator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,9 +38,9 @@ from lavatar_jax.cli import configure_jax, parse_options, run
 from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
+from lavatar_jax.data.negative_prompt import read_negative, write_negative
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.records import file_name
-from lavatar_jax.data.negative_prompt import read_negative, write_negative
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import write_errors, write_text
@@ -68,12 +70,14 @@ class Prepare:
     """What finds faces: haar (OpenCV), any (every picture counts as one face), or your module:function."""
     blocks: int = 4
     """Length of a clip in blocks of 12 frames."""
-    motion_frames: int = 9
-    """Frames before a clip that are kept as its past; 1 + 4k."""
     negative_prompt: str = ""
     """What guidance may lead away from in stage 2; encoded where the model has a text encoder."""
+    motion_frames: int = 9
+    """Frames before a clip that are kept as its past; 1 + 4k."""
     other_light: float = 0.0
     """Share of references in another light than their clip, so that colours are not simply copied."""
+    part: str = "1/1"
+    """K/N: only the K-th of N shares of the videos; tools/join_data.py joins what N machines made."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
     """Processes that decode and filter; 0: none but this one."""
     shard_records: int = 256
@@ -85,14 +89,17 @@ def main(args: list[str]) -> None:
     options = parse_options(Prepare, args, prog="tools/prepare_data.py")
     if options.motion_frames < 1 or options.motion_frames % 4 != 1 or options.blocks < 1:
         raise UserError("--motion-frames must be 1 + 4k (1, 5, 9, ...) and --blocks at least 1")
+    if not 0 <= options.other_light <= 1:
+        raise UserError(f"--other-light is a share from 0 to 1, not {options.other_light:g}")
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: no such folder; give the folder of the videos")
+    mine = share(options.part)
     sources, useless = find_sources(options.folder)
     if not sources and not useless:
         raise UserError(f"{options.folder} has no videos ({', '.join(VIDEOS)} or .tar); give another folder")
+    sources = [source for source in sources if mine(source.name)]
+    useless = {name: reason for name, reason in useless.items() if mine(name)}
     load_detector(options.faces)  # say now that OpenCV is missing
-    if not 0 <= options.other_light <= 1:
-        raise UserError(f"--other-light is a share from 0 to 1, not {options.other_light:g}")
 
     from tools.real_encode import ClipEncoder  # it needs jax, which workers do without
 
@@ -101,6 +108,7 @@ def main(args: list[str]) -> None:
         blocks=options.blocks,
         motion_frames=options.motion_frames,
         filters=options.filters,
+        other_light=options.other_light,
     )
     longest = options.filters.seconds[1]
     if longest * FPS < encoder.shortest:
@@ -110,7 +118,6 @@ def main(args: list[str]) -> None:
         )
     settings = {
         **encoder.about,
-        other_light=options.other_light,
         "faces": options.faces,
         "filters": dataclasses.asdict(options.filters),
     }
@@ -138,6 +145,7 @@ def main(args: list[str]) -> None:
             book.save()
         if not writer.rows:
             raise UserError(f"none of {len(sources)} videos gave a clip; {options.out / REPORT} says why")
+        keep_negative(options.out, options.negative_prompt, encoder)
         vae = encoder.config.vae
         writer.finish(mean=np.array(vae.latent_mean), std=np.array(vae.latent_std), encoder=settings)
     dropped = sum(1 for video in book.videos if not video["records"])
@@ -145,6 +153,18 @@ def main(args: list[str]) -> None:
         f"{options.out}: {len(writer)} records ({book.poses} with poses) of {len(book.videos)} videos, "
         f"{dropped} of no use ({REPORT})"
     )
+
+
+def share(part: str) -> Callable[[str], bool]:
+    """Whether a video is of the share K of N; by its name alone, so that later videos move no other.
+
+    Raises UserError for what is not K/N.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= count:
+        raise UserError(f"--part {part}: give a number and how many there are, as in 2/8")
+    return lambda name: zlib.crc32(name.encode()) % count == index - 1
 
 
 def keep_negative(out: Path, prompt: str, encoder: ClipEncoder) -> None:
@@ -162,7 +182,6 @@ def keep_negative(out: Path, prompt: str, encoder: ClipEncoder) -> None:
 def _settle(out: Path, settings: dict[str, Any], *, begun: bool) -> None:
     """Records of one folder are of one kind; while there are none, all videos are looked at again.
 
-        keep_negative(options.out, options.negative_prompt, encoder)
     What the folder of an earlier version does not tell is not compared. Raises UserError.
     """
     if (out / RENDERED).is_file():

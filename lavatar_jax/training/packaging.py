@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from lavatar_jax.checkpoints.transforms import Transform
 from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.data.shards import DATASET, read_dataset
 from lavatar_jax.errors import UserError
-from lavatar_jax.files import check_new, write_errors
+from lavatar_jax.files import check_new, link_file, write_errors
 from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.parallel import STACKED
@@ -156,8 +154,4 @@ def _link_files(folder: Path, target: Path) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = target / file.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)  # what an interrupted call left
-        try:
-            os.link(file.resolve(), place)
-        except OSError:
-            shutil.copyfile(file, place)
+        link_file(file, place)  # also where an interrupted call left it

@@ -1,0 +1,140 @@
+"""Make one folder of records of several: `python tools/join_data.py shards/part-* --out shards/all`.
+
+For parts that `tools/prepare_data.py --part` made on several machines, with the same options. Shards are hard
+links to those of the parts, which may be removed afterwards; on another file system they are copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lavatar_jax.cli import parse_options, run
+from lavatar_jax.data.made_with import first_difference
+from lavatar_jax.data.negative_prompt import NEGATIVE, read_negative
+from lavatar_jax.data.preparation_report import render_report
+from lavatar_jax.data.shards import DATASET, MANIFEST, PREPARED, Dataset, read_dataset, read_manifest
+from lavatar_jax.errors import UserError
+from lavatar_jax.files import check_new, link_file, write_errors, write_text
+from tools.prepare_data import JOURNAL, PICTURES, REPORT, SHEET_CLIPS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Join:
+    """Make one folder of records of several that were prepared with the same options."""
+
+    parts: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that tools/prepare_data.py has finished."""
+    out: Annotated[Path, arg(metavar="SHARDS")]
+    """Folder for all records, which must not be there yet."""
+
+
+def join(parts: tuple[Path, ...], out: Path) -> int:
+    """Write the folder `out` -> records. Goes on with nothing: an interrupted call is made again.
+
+    Raises UserError where parts are unfinished, were prepared with different options or share videos, and
+    where `out` is there already or cannot be written.
+    """
+    check_new(out)
+    if len(parts) < 2:
+        raise UserError("give two folders or more")
+    datasets = [_check_alike(part, parts[0]) for part in parts]
+    rows = _all_rows(parts)
+    growing = out.with_name(f"{out.name}.partial")
+    with write_errors(out):
+        shutil.rmtree(growing, ignore_errors=True)
+        growing.mkdir(parents=True)
+        for place, shard in {row.pop("source"): row["shard"] for row in rows}.items():
+            link_file(place, growing / shard)
+        for name in (PREPARED, NEGATIVE):
+            if (parts[0] / name).is_file():
+                shutil.copyfile(parts[0] / name, growing / name)
+        _write_report(parts, growing, poses=sum("pose" in row["shapes"] for row in rows))
+        _write_lines(growing / MANIFEST, rows)
+        whole = dataclasses.replace(datasets[0], records=len(rows))
+        write_text(growing / DATASET, json.dumps(dataclasses.asdict(whole), indent=1) + "\n")
+        os.replace(growing, out)
+    return len(rows)
+
+
+def _check_alike(part: Path, first: Path) -> Dataset:
+    """What holds for a part. Raises UserError unless it is finished, and as the first one."""
+    dataset = read_dataset(part)
+    if not (part / PREPARED).is_file():
+        raise UserError(f"{part} was not made by tools/prepare_data.py; only such folders are joined")
+    settings = json.loads((first / PREPARED).read_text(encoding="utf-8"))
+    if (difference := first_difference(part / PREPARED, settings)) is not None:
+        name, found, wanted = difference
+        raise UserError(
+            f"{part} was prepared with {name} {found}, {first} with {wanted}: they cannot be joined"
+        )
+    prompts = [None if found is None else found[0] for found in map(read_negative, (part, first))]
+    if prompts[0] != prompts[1]:
+        raise UserError(
+            f"{part} and {first} have different negative prompts ({prompts[0]!r}, {prompts[1]!r}): run "
+            "tools/prepare_data.py on one of them again with the other's --negative-prompt"
+        )
+    return dataset
+
+
+def _all_rows(parts: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The lines of all manifests with new names of the shards; `source` is a shard's file.
+
+    Raises UserError where shards are missing, or a record is in two parts.
+    """
+    numbers = itertools.count()
+    owners: dict[str, Path] = {}
+    joined = []
+    for part in parts:
+        names: dict[str, str] = {}
+        for row in read_manifest(part):
+            owner = owners.setdefault(row["id"], part)
+            if owner is not part:
+                raise UserError(f"{owner} and {part} both have a record {row['id']}: they share videos")
+            source = part / row["shard"]
+            if row["shard"] not in names:
+                if not source.is_file():
+                    raise UserError(f"{source} is missing: run tools/prepare_data.py on {part} again")
+                names[row["shard"]] = f"shard-{next(numbers):05d}.array_record"
+            joined.append({**row, "shard": names[row["shard"]], "source": source})
+    return joined
+
+
+def _write_report(parts: tuple[Path, ...], out: Path, *, poses: int) -> None:
+    """The parts' journals and pictures, and the report of them all."""
+    videos = [json.loads(line) for part in parts for line in (part / JOURNAL).read_text("utf-8").splitlines()]
+    _write_lines(out / JOURNAL, videos)
+    # In turns, so that each part is seen.
+    folders = [sorted((part / PICTURES).glob("*.jpg")) for part in parts]
+    turns = (path for turn in itertools.zip_longest(*folders) for path in turn if path is not None)
+    (out / PICTURES).mkdir()
+    pictures = {}
+    for path in itertools.islice(turns, SHEET_CLIPS):
+        pictures[path.stem] = path.read_bytes()
+        link_file(path, out / PICTURES / path.name)
+    write_text(out / REPORT, render_report(videos, pictures, poses))
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_options(Join, arguments, prog="tools/join_data.py")
+    records = join(options.parts, options.out)
+    print(f"{options.out}: {records} records of {len(options.parts)} folders")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))
