@@ -27,7 +27,7 @@ from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.shards import DATASET, MANIFEST, PREPARED, Dataset, read_dataset, read_manifest
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import check_new, link_file, write_errors, write_text
-from tools.prepare_data import JOURNAL, PICTURES, REPORT, SHEET_CLIPS
+from tools.real_journal import JOURNAL, PICTURES, REPORT, SHEET_CLIPS, read_journal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def _all_rows(parts: tuple[Path, ...]) -> list[dict[str, Any]]:
 
 def _write_report(parts: tuple[Path, ...], out: Path, *, poses: int) -> None:
     """The parts' journals and pictures, and the report of them all."""
-    videos = [json.loads(line) for part in parts for line in (part / JOURNAL).read_text("utf-8").splitlines()]
+    videos = [video for part in parts for video in read_journal(part)]
     _write_lines(out / JOURNAL, videos)
     # In turns, so that each part is seen.
     folders = [sorted((part / PICTURES).glob("*.jpg")) for part in parts]
