@@ -41,7 +41,7 @@ from lavatar_jax.training.latents import LatentsConfig, check_rendering, open_la
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
-from lavatar_jax.training.samples import can_show, save_moving_picture
+from lavatar_jax.training.samples import save_moving_pictures, to_host
 from lavatar_jax.training.scores import Batch, ScoreConfig, make_flow
 from lavatar_jax.training.state import (
     LossFn,
@@ -276,18 +276,19 @@ def make_sampler(
 ) -> Callable[[TrainState, Path], None] | None:
     """`sample` of `loop.fit`: the true frames of the last clips, and what is drawn of their predictions."""
     count, given = config.samples.records, config.predictions
-    if not can_show(count):
+    if not count:
         return None
     held_out = predicted_clips(given, slice(given.clips - count, given.clips))
     draw = jax.jit(lambda vae, latent: jnp.clip(vae.decode(latent.astype(jnp.float32)), -1, 1))
 
     def sample(state: TrainState, folder: Path) -> None:
-        vae = model_of(state)
+        vae, pairs = model_of(state), []
         for index in range(count):
             clip = held_out[index]
             truth = clip["video"].astype(np.float32) / 127.5 - 1.0
-            drawn = np.asarray(draw(vae, clip["latent"][:1]))[0]
-            save_moving_picture(np.concatenate([truth, drawn], axis=2), folder / f"clip{index}.webp")
+            drawn = to_host(draw(vae, clip["latent"][:1]))[0]
+            pairs.append((f"clip{index}", np.concatenate([truth, drawn], axis=2)))
+        save_moving_pictures(pairs, folder)
 
     return sample
 

@@ -143,7 +143,8 @@ def fit(
         mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
         evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best. Then it
             runs before the first step too, to see that there is such a number.
-        sample: writes pictures or videos of a state into a folder, for the report.
+        sample: makes a folder with pictures or videos of a state, for the report. All processes call it, and
+            `evaluate`; these may fail alone only where they compute nothing together any more.
         sample_every: seconds of training from one sample to the checkpoint that takes the next.
         flops: of a step on all devices, for the MFU.
         accepted: runs once it is sure that the run can go on from what is in `out`.
@@ -158,7 +159,7 @@ def fit(
     if best is not None and evaluate is None:
         raise UserError(
             f"--checkpoint.best {best}: this run measures nothing; stages 1 and 2 do where they hold records "
-            "out (--samples.records), stage 2 in one process"
+            "out (--samples.records)"
         )
     batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
@@ -213,7 +214,6 @@ def fit(
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
                 try:
-                    folder.mkdir(parents=True, exist_ok=True)
                     sample(whole, folder)
                 except (OSError, UserError) as error:  # training is worth more than its pictures
                     run.log.say(f"no samples at step {run.step}: {error}")

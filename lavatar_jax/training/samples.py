@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 from PIL import Image
 
@@ -20,7 +20,7 @@ from lavatar_jax.data.loader import CorruptRecordError, ShardSource
 from lavatar_jax.data.records import file_name
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
-from lavatar_jax.files import replacing
+from lavatar_jax.files import replacing, write_errors
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.dynaforcing import Reward
@@ -45,8 +45,11 @@ class SamplesConfig:
 
 def stream_record(
     model: CausalDiT, row: Mapping[str, np.ndarray], sampling: SamplingConfig
-) -> Float[Array, "F H W C"]:
-    """The latents that a model streams to the sound of a record (a row of `ShardSource`), in whole blocks."""
+) -> Float[np.ndarray, "F H W C"]:
+    """The latents that a model streams to the sound of a record (a row of `ShardSource`), in whole blocks.
+
+    Processes that share the model must all call this, and all get the latents.
+    """
     blocks = len(row["latent"]) // model.config.block_frames
     sound = row["audio"].shape[-1] // blocks  # frames a block
     one = {name: jnp.asarray(row[name])[None] for name in ("text", "reference", "audio")}
@@ -54,14 +57,14 @@ def stream_record(
     conditions = Conditions(text=one["text"], reference=one["reference"], motion=past, still=one["reference"])
     inputs = (BlockInput(one["audio"][..., i * sound : (i + 1) * sound]) for i in range(blocks))
     made = [block.latent for block in rollout(model, None, conditions, inputs, sampling)]
-    return jnp.concatenate(made, axis=1)[0]
+    return to_host(jnp.concatenate(made, axis=1)[0])
 
 
-def can_show(records: int) -> bool:
-    """Whether a run can show samples. With several processes it cannot, and says so if some were wanted."""
-    if records and jax.process_count() > 1 and jax.process_index() == 0:
-        print("note: with several processes the report shows no samples", file=sys.stderr)
-    return bool(records) and jax.process_count() == 1
+def to_host(array: Array) -> np.ndarray:
+    """An array as numpy; one on devices of several processes in each of them, which must all call this."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def make_sampler(
@@ -69,35 +72,43 @@ def make_sampler(
 ) -> Callable[[Any, Path], None] | None:
     """`sample` of `loop.fit`: a moving picture for each held-out record, the truth left, the model's right.
 
-    `model_of(state)`: the network to look at. None where there is nothing to show, or several processes share
-    the state. Raises UserError without the VAE that encoded the records (`load_vae`).
+    `model_of(state)`: the network to look at. None where there is nothing to show. Raises UserError without
+    the VAE that encoded the records (`load_vae`).
     """
-    if not can_show(len(source.held_out)):
+    if not source.held_out:
         return None
     config, vae = load_vae(vae_place)
     _check_encoder(source, config, vae_place)
     decode = jax.jit(lambda vae, latents: jnp.clip(vae.decode(latents), -1, 1))
 
-    def frames(row: Mapping[str, np.ndarray], latent: Any) -> np.ndarray:
+    def frames(row: Mapping[str, np.ndarray], latent: np.ndarray) -> np.ndarray:
         # The causal VAE makes one frame of the first latent: the photo's, which is cut off.
-        whole = jnp.concatenate([row["reference"], latent]) * source.std + source.mean
+        whole = np.concatenate([row["reference"], latent]) * source.std + source.mean
         return np.asarray(decode(vae, whole[None]))[0, 1:]
 
     def sample(state: Any, folder: Path) -> None:
         model = model_of(state)
-        for number in source.held_out:
-            try:
-                row = source[number]
-            except CorruptRecordError as error:
-                source.skipped_log.add(source.ids[number], str(error))
-                continue
-            made = stream_record(model, row, sampling)
-            pair = [frames(row, latent) for latent in (row["latent"][: len(made)], made)]
-            save_moving_picture(
-                np.concatenate(pair, axis=2), folder / f"{file_name(source.ids[number])}.webp"
-            )
+        streams = [(name, row, stream_record(model, row, sampling)) for name, row in held_out_rows(source)]
+
+        def pictures() -> Iterator[tuple[str, np.ndarray]]:
+            for name, row, made in streams:
+                pair = [frames(row, latent) for latent in (row["latent"][: len(made)], made)]
+                yield file_name(name), np.concatenate(pair, axis=2)
+
+        save_moving_pictures(pictures(), folder)
 
     return sample
+
+
+def held_out_rows(source: ShardSource) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+    """The held-out records that can be read, with their ids; what cannot is noted as skipped."""
+    for number in source.held_out:
+        try:
+            row = source[number]
+        except CorruptRecordError as error:
+            source.skipped_log.add(source.ids[number], str(error))
+        else:
+            yield source.ids[number], row
 
 
 def _check_encoder(source: ShardSource, config: VAEConfig, vae_place: str) -> None:
@@ -127,14 +138,10 @@ def make_evaluator(
 
     def evaluate(state: Any) -> dict[str, float]:
         found: dict[str, list[float]] = {}
-        for number in source.held_out:
-            try:
-                row = {name: value[None] for name, value in source[number].items()}
-            except CorruptRecordError as error:
-                source.skipped_log.add(source.ids[number], str(error))
-                continue
+        for _, row in held_out_rows(source):
+            one = {name: value[None] for name, value in row.items()}
             for draw in range(DRAWS):
-                for name, value in losses(state.average, frozen, row, jax.random.key(draw)).items():
+                for name, value in losses(state.average, frozen, one, jax.random.key(draw)).items():
                     found.setdefault(f"held_out_{name}", []).append(float(value))
         return {name: float(np.mean(values)) for name, values in found.items()}
 
@@ -151,31 +158,26 @@ def make_stream_evaluator(
 
     `held_out_error`: mean square distance from the true latents. `held_out_motion`: deviation in time of the
     latents where the mouth is, as a share of the truth's; a student that collapses stands still. And each of
-    `rewards`, as `held_out_` and its name. None where `make_sampler` has nothing to show.
+    `rewards`, as `held_out_` and its name. None where no records are held out.
     """
-    if not source.held_out or jax.process_count() > 1:
+    if not source.held_out:
         return None
 
-    def motion(latent: Any, mouth: np.ndarray) -> float:
-        return float((np.std(np.asarray(latent), axis=0).mean(axis=-1) * mouth).sum())
+    def motion(latent: np.ndarray, mouth: np.ndarray) -> float:
+        return float((np.std(latent, axis=0).mean(axis=-1) * mouth).sum())
 
     def evaluate(state: Any) -> dict[str, float]:
         model, found = model_of(state), dict[str, list[float]]()
-        for number in source.held_out:
-            try:
-                row = source[number]
-            except CorruptRecordError as error:
-                source.skipped_log.add(source.ids[number], str(error))
-                continue
+        for _, row in held_out_rows(source):
             made = stream_record(model, row, sampling)
             truth = row["latent"][: len(made)]
             numbers = {
-                "error": float(jnp.mean(jnp.square(made - truth))),
+                "error": float(np.mean(np.square(made - truth))),
                 "motion": motion(made, row["mouth"]) / max(motion(truth, row["mouth"]), 1e-6),
             }
             batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
             for name, reward in (rewards or {}).items():
-                numbers[name] = float(reward.measure(reward.arrays, made[None], batch)[0])
+                numbers[name] = float(reward.measure(reward.arrays, jnp.asarray(made)[None], batch)[0])
             for name, value in numbers.items():
                 found.setdefault(f"held_out_{name}", []).append(value)
         return {name: float(np.mean(values)) for name, values in found.items()}
@@ -183,9 +185,19 @@ def make_stream_evaluator(
     return evaluate
 
 
-def save_moving_picture(video: Float[np.ndarray, "T H W 3"], path: Path) -> None:
-    """An animated WebP of a video in [-1, 1], never half a file. Raises UserError."""
-    pictures = [Image.fromarray(frame) for frame in to_uint8(video)]
-    first, *rest = (p.resize((SCALE * p.width, SCALE * p.height), Image.Resampling.BICUBIC) for p in pictures)
-    with replacing(path) as part:
-        first.save(part, format="WebP", save_all=True, append_images=rest, duration=FRAME, loop=0)
+def save_moving_pictures(videos: Iterable[tuple[str, Float[np.ndarray, "T H W 3"]]], folder: Path) -> None:
+    """Videos in [-1, 1] as NAME.webp in a folder, none of them half a file. Raises UserError.
+
+    Of several processes the first one writes, and makes the videos: nothing that others have a part in.
+    """
+    if jax.process_index() > 0:
+        return
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, video in videos:
+        pictures = [Image.fromarray(frame) for frame in to_uint8(video)]
+        first, *rest = (
+            p.resize((SCALE * p.width, SCALE * p.height), Image.Resampling.BICUBIC) for p in pictures
+        )
+        with replacing(folder / f"{name}.webp") as part:
+            first.save(part, format="WebP", save_all=True, append_images=rest, duration=FRAME, loop=0)

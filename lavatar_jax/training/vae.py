@@ -25,7 +25,7 @@ from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
-from lavatar_jax.training.samples import can_show, save_moving_picture
+from lavatar_jax.training.samples import save_moving_pictures, to_host
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, release
 from lavatar_jax.training.weights import initial_weights
 
@@ -163,18 +163,17 @@ def make_sampler(
 ) -> Callable[[TrainState, Path], None] | None:
     """`sample` of `loop.fit`: faces of other clips than those of the training, and what the VAE keeps."""
     count, data = config.samples.records, config.data
-    if not can_show(count):
+    if not count:
         return None
     key = jax.random.fold_in(jax.random.key(data.seed), data.clips)  # where no chunk of `render_clips` begins
     render = jax.jit(lambda key: random_training_frames(key, count, data.frames, data.size)[0])
     rebuild = jax.jit(lambda vae, video: vae.decode(vae.encode(video)))
 
     def sample(state: TrainState, folder: Path) -> None:
-        video, vae = render(key), model_of(state)
-        for index in range(count):
-            one = video[index : index + 1]
-            pair = np.concatenate([np.asarray(one), np.asarray(rebuild(vae, one))], axis=3)
-            save_moving_picture(pair[0], folder / f"face{index}.webp")
+        video, vae = np.asarray(render(key)), model_of(state)
+        kept = np.concatenate([to_host(rebuild(vae, one[None])) for one in video])
+        pairs = np.concatenate([video, kept], axis=3)
+        save_moving_pictures(((f"face{index}", pair) for index, pair in enumerate(pairs)), folder)
 
     return sample
 

@@ -16,7 +16,7 @@ from lavatar_jax.parallel import put_batch
 from lavatar_jax.training.logs import LOG, LogConfig, read_log
 from lavatar_jax.training.loop import LoopConfig, fit
 from lavatar_jax.training.optim import schedule
-from lavatar_jax.training.samples import save_moving_picture
+from lavatar_jax.training.samples import save_moving_pictures
 from tests.training.toy_run import BATCH, Batches, begin, mesh_of, train
 
 
@@ -115,7 +115,7 @@ def test_samples_and_reports_that_cannot_be_written_do_not_end_the_training(
         replace(source, target)
 
     def sample(state: Any, folder: Path) -> None:
-        save_moving_picture(np.zeros((2, 8, 8, 3), np.float32), folder / "a.webp")
+        save_moving_pictures([("a", np.zeros((2, 8, 8, 3), np.float32))], folder)
 
     monkeypatch.setattr(os, "replace", full)
     config = LoopConfig(steps=3, batch=BATCH)
