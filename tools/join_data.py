@@ -20,6 +20,7 @@ from tyro.conf import arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.cli import parse_options, run
 from lavatar_jax.data.made_with import first_difference
 from lavatar_jax.data.negative_prompt import NEGATIVE, read_negative
@@ -34,14 +35,14 @@ from tools.real_journal import JOURNAL, PICTURES, REPORT, SHEET_CLIPS, read_jour
 class Join:
     """Make one folder of records of several that were prepared with the same options."""
 
-    parts: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders that tools/prepare_data.py has finished."""
+    parts: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="PART PART [PART ...]")]
+    """Two folders or more that tools/prepare_data.py has finished."""
     out: Annotated[Path, arg(metavar="SHARDS")]
     """Folder for all records, which must not be there yet."""
 
 
 def join(parts: tuple[Path, ...], out: Path) -> int:
-    """Write the folder `out` -> records. Goes on with nothing: an interrupted call is made again.
+    """Write the folder `out` -> records. An interrupted call leaves OUT.partial, which the next begins anew.
 
     Raises UserError where parts are unfinished, were prepared with different options or share videos, and
     where `out` is there already or cannot be written.
@@ -50,12 +51,12 @@ def join(parts: tuple[Path, ...], out: Path) -> int:
     if len(parts) < 2:
         raise UserError("give two folders or more")
     datasets = [_check_alike(part, parts[0]) for part in parts]
-    rows = _all_rows(parts)
+    rows, shards = _all_rows(parts)
     growing = out.with_name(f"{out.name}.partial")
     with write_errors(out):
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
-        for place, shard in {row.pop("source"): row["shard"] for row in rows}.items():
+        for place, shard in shards.items():
             link_file(place, growing / shard)
         for name in (PREPARED, NEGATIVE):
             if (parts[0] / name).is_file():
@@ -73,7 +74,7 @@ def _check_alike(part: Path, first: Path) -> Dataset:
     dataset = read_dataset(part)
     if not (part / PREPARED).is_file():
         raise UserError(f"{part} was not made by tools/prepare_data.py; only such folders are joined")
-    settings = json.loads((first / PREPARED).read_text(encoding="utf-8"))
+    settings = read_json(first / PREPARED)
     if (difference := first_difference(part / PREPARED, settings)) is not None:
         name, found, wanted = difference
         raise UserError(
@@ -88,27 +89,25 @@ def _check_alike(part: Path, first: Path) -> Dataset:
     return dataset
 
 
-def _all_rows(parts: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The lines of all manifests with new names of the shards; `source` is a shard's file.
+def _all_rows(parts: tuple[Path, ...]) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """The lines of all manifests with new names of the shards, and these names by the shards' files.
 
     Raises UserError where shards are missing, or a record is in two parts.
     """
-    numbers = itertools.count()
     owners: dict[str, Path] = {}
+    shards: dict[Path, str] = {}
     joined = []
     for part in parts:
-        names: dict[str, str] = {}
         for row in read_manifest(part):
             owner = owners.setdefault(row["id"], part)
             if owner is not part:
                 raise UserError(f"{owner} and {part} both have a record {row['id']}: they share videos")
-            source = part / row["shard"]
-            if row["shard"] not in names:
-                if not source.is_file():
-                    raise UserError(f"{source} is missing: run tools/prepare_data.py on {part} again")
-                names[row["shard"]] = f"shard-{next(numbers):05d}.array_record"
-            joined.append({**row, "shard": names[row["shard"]], "source": source})
-    return joined
+            place = part / row["shard"]
+            if place not in shards and not place.is_file():
+                raise UserError(f"{place} is missing: run tools/prepare_data.py on {part} again")
+            shard = shards.setdefault(place, f"shard-{len(shards):05d}.array_record")
+            joined.append({**row, "shard": shard})
+    return joined, shards
 
 
 def _write_report(parts: tuple[Path, ...], out: Path, *, poses: int) -> None:

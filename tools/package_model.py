@@ -34,9 +34,7 @@ class Arguments:
     """Make a model folder of what was trained here: give --vae for a small model, --base for a large one."""
 
     dit: str  # run of stage 1, of its ODE student, or of stage 2; with --vae, adapters are merged
-    vae: str | None = (
-        None  # run of stage 0 or of its decoder (the latents must be the same), or a model folder
-    )
+    vae: str | None = None  # of the same latents: run of stage 0 or of its decoder, or a model folder
     base: str | None = None  # converted folder: all but its transformer becomes part of the model too
     dtype: DType | None = None  # of the transformer, with --base; None: as there
     out: str = "lavatar_jax/weights/tiny"  # with --base, it must not be there yet

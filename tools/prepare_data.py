@@ -4,7 +4,7 @@ Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NA
 NAME.pose.mp4 a video of its driving poses. Shots with exactly one face and audible speech become clips of 25
 frames a second; `report.html` in the output says what was dropped and why. The same command goes on after an
 interruption, adds new videos, looks again at those that gave nothing and have changed since, and takes
-captions and poses that came later (not changed ones: they, other filters and other faces need another --out).
+captions and poses that came later. Changed ones, other filters, faces, lengths and light need another --out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lavatar_jax.cli import configure_jax, parse_options, run
 from lavatar_jax.data.clip_filters import FPS, FilterConfig
 from lavatar_jax.data.face_boxes import load_detector
 from lavatar_jax.data.made_with import first_difference, write_note
-from lavatar_jax.data.negative_prompt import read_negative, write_negative
+from lavatar_jax.data.negative_prompt import NEGATIVE, read_negative, write_negative
 from lavatar_jax.data.shards import PREPARED, RENDERED, ShardWriter
 from lavatar_jax.errors import UserError
 from tools.real_clips import CRASHED, Interrupted, Job, Outcome, cut_video, start_worker
@@ -62,8 +62,9 @@ class Prepare:
     """What finds faces: haar (OpenCV), any (every picture counts as one face), or your module:function."""
     blocks: int = 4
     """Length of a clip in blocks of 12 frames."""
-    negative_prompt: str = ""
-    """What guidance may lead away from in stage 2; encoded where the model has a text encoder."""
+    negative_prompt: str | None = None
+    """What guidance may lead away from in stage 2, for models with a text encoder; None: the one that is
+    there, else the empty prompt."""
     motion_frames: int = 9
     """Frames before a clip that are kept as its past; 1 + 4k."""
     other_light: float = 0.0
@@ -89,8 +90,13 @@ def main(args: list[str]) -> None:
     sources, useless = find_sources(options.folder)
     if not sources and not useless:
         raise UserError(f"{options.folder} has no videos ({', '.join(VIDEOS)} or .tar); give another folder")
+    found = len(sources) + len(useless)
     sources = [source for source in sources if mine(source.name)]
     useless = {name: reason for name, reason in useless.items() if mine(name)}
+    if not sources and not useless:
+        raise UserError(
+            f"--part {options.part} has none of the {found} videos: there is nothing to join of it"
+        )
     load_detector(options.faces)  # say now that OpenCV is missing
 
     from tools.real_encode import ClipEncoder  # it needs jax, which workers do without
@@ -159,16 +165,16 @@ def share(part: str) -> Callable[[str], bool]:
     return lambda name: zlib.crc32(name.encode()) % count == index - 1
 
 
-def keep_negative(out: Path, prompt: str, encoder: ClipEncoder) -> None:
-    """Write the negative prompt beside the records, unless it is there. Models without a text encoder, which
-    take the words themselves, have none."""
+def keep_negative(out: Path, prompt: str | None, encoder: ClipEncoder) -> None:
+    """Write the negative prompt beside the records, unless it is there; None: any that is there will do, else
+    the empty one. Models without a text encoder, which take the words themselves, have none."""
     if encoder.config.text is None:
         return
     found = read_negative(out)
-    if found is None or found[0] != prompt:
-        states = encoder.read(prompt)
+    if found is None or prompt not in (None, found[0]):
+        states = encoder.read(prompt or "")
         assert states is not None
-        write_negative(out, prompt, states)
+        write_negative(out, prompt or "", states)
 
 
 def _settle(out: Path, settings: dict[str, Any], *, begun: bool) -> None:
@@ -181,7 +187,8 @@ def _settle(out: Path, settings: dict[str, Any], *, begun: bool) -> None:
     if (difference := first_difference(out / PREPARED, settings)) is not None:
         if begun:
             raise UserError(f"{out} was made with {_told(*difference)}; choose another --out, or remove it")
-        (out / JOURNAL).unlink(missing_ok=True)
+        for name in (JOURNAL, NEGATIVE):
+            (out / name).unlink(missing_ok=True)
     write_note(out / PREPARED, settings)
 
 

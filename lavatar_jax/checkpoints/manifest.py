@@ -56,7 +56,7 @@ class Manifest:
     """
 
     version: str  # of this project
-    dtype: DType  # of transformer and text encoder
+    dtype: DType  # of the transformer; of the text encoder too, unless `trained`
     sources: tuple[SourceFile, ...]
     lora: dict[str, Any] | None
     components: dict[str, Component]

@@ -283,8 +283,8 @@ def make_sampler(
 
     def sample(state: TrainState, folder: Path) -> None:
         vae, pairs = model_of(state), []
-        for index in range(count):
-            clip = held_out[index]
+        clips = [held_out[index] for index in range(count)]  # nothing fails later, while all draw together
+        for index, clip in enumerate(clips):
             truth = clip["video"].astype(np.float32) / 127.5 - 1.0
             drawn = to_host(draw(vae, clip["latent"][:1]))[0]
             pairs.append((f"clip{index}", np.concatenate([truth, drawn], axis=2)))

@@ -67,7 +67,7 @@ def initialize(config: DistributedConfig) -> None:
             shutdown_timeout_seconds=config.heartbeat,  # a process that failed must not keep the others
         )
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the other processes did not come together: {_first_line(error)}") from None
+        raise UserError(f"the other processes did not come together: {first_line(error)}") from None
 
 
 def _slurm(name: str) -> int:
@@ -118,7 +118,7 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
             traceback.print_exc()
         print(
             f"error: process {jax.process_index()} ends at step {step()}: another process of this run has "
-            f"ended or cannot be reached ({_first_line(error)}). Start the same command again: it goes on "
+            f"ended or cannot be reached ({first_line(error)}). Start the same command again: it goes on "
             "from the last checkpoint",
             file=sys.stderr,
             flush=True,
@@ -127,7 +127,8 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
         os._exit(LOST)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -149,9 +150,11 @@ def first_process_only(prepare: Callable[[], Any]) -> None:
         try:
             wait(key=f"prepared {next(_waits)}", timeout_ms=PATIENCE)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"process 0, which prepares the data, is lost ({_first_line(error)})") from None
+            raise UserError(
+                f"process 0, which prepares files for all, is lost ({first_line(error)})"
+            ) from None
         failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
         if failed and failure is None:
-            raise UserError("process 0 could not prepare the data; its own message says why")
+            raise UserError("process 0 could not write files for all; its own message says why")
     if failure is not None:
         raise failure

@@ -31,7 +31,7 @@ from lavatar_jax.parallel import (
     train_mesh,
 )
 from lavatar_jax.training.bookkeeping import Bookkeeping, Flight, LoopConfig
-from lavatar_jax.training.distributed import Agreement, ending_together
+from lavatar_jax.training.distributed import Agreement, ending_together, first_line
 from lavatar_jax.training.logs import LogConfig, RunLog
 from lavatar_jax.training.optim import Schedule, schedule
 from lavatar_jax.training.report import SAMPLES
@@ -143,8 +143,8 @@ def fit(
         mesh: axes (data, fsdp, tensor), see `parallel.train_mesh`; None: one device.
         evaluate: runs with each checkpoint; its numbers go to the log, and one may choose the best. Then it
             runs before the first step too, to see that there is such a number.
-        sample: makes a folder with pictures or videos of a state, for the report. All processes call it, and
-            `evaluate`; these may fail alone only where they compute nothing together any more.
+        sample: writes pictures or videos of a state into a folder, for the report. All processes call it, as
+            they do `evaluate`, to compute together; a process may fail alone only after that.
         sample_every: seconds of training from one sample to the checkpoint that takes the next.
         flops: of a step on all devices, for the MFU.
         accepted: runs once it is sure that the run can go on from what is in `out`.
@@ -204,19 +204,25 @@ def fit(
         with jax.transfer_guard("allow"), sharded_training(None), run.paused():
             whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
             run.log.saving(run.step, run.done)
+            if best is None:  # first of all
+                checkpoints.save(whole, batches.get_state(), None)
             numbers = evaluate(whole) if evaluate is not None else None
             if numbers is not None:
                 run.log.evaluation(run.step, run.seconds, numbers)
-            checkpoints.save(whole, batches.get_state(), numbers)
+            if best is not None:
+                checkpoints.save(whole, batches.get_state(), numbers)
             if best is not None and best not in (numbers or {}):  # as where records can no longer be read
                 run.log.say(f"{best} was not measured at step {run.step}, which cannot be the best")
             if sample is not None and (run.done >= 1.0 or run.seconds >= sampled_at + sample_every):
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
+                with contextlib.suppress(OSError):  # all processes must come to `sample`; it will say so
+                    folder.mkdir(parents=True, exist_ok=True)
                 try:
                     sample(whole, folder)
-                except (OSError, UserError) as error:  # training is worth more than its pictures
-                    run.log.say(f"no samples at step {run.step}: {error}")
+                # Training is worth more than its pictures; there may be no memory for them.
+                except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
+                    run.log.say(f"no samples at step {run.step}: {first_line(error)}")
             run.log.report()
 
     with (

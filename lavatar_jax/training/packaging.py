@@ -78,7 +78,7 @@ def package_run(
             **writer_record(),
             "--base": [str(folder.resolve()), hash_file(folder / MANIFEST)],
             "--dit": [str(run.resolve()), average.step, result_time(run)],
-            "--dtype": recipe.dtype,
+            "--dtype": [recipe.dtype, recipe.per_channel],
         }
         with write_errors(out):
             growing.mkdir(parents=True, exist_ok=True)
@@ -132,11 +132,9 @@ def _check_same_model(run: Path, trained: dict[str, Any], folder: Path, config: 
 
 
 def _recipe(base: Manifest, dtype: DType | None) -> Recipe:
-    """How the transformer is written; None: as the base's."""
-    if dtype is not None:
-        return Recipe(dtype)
+    """How the transformer is written; None: as the base's. 8 bits have scales as the base has them."""
     scales = (x for path, x in base.components["dit"].tensors.items() if path.endswith(".inverse_scale"))
-    return Recipe(base.dtype, any(scale.shape[-1] > 1 for scale in scales))
+    return Recipe(dtype or base.dtype, any(scale.shape[-1] > 1 for scale in scales))
 
 
 def _leaves(model: CausalDiT) -> Iterator[Leaf]:

@@ -20,9 +20,10 @@ from lavatar_jax.data.loader import CorruptRecordError, ShardSource
 from lavatar_jax.data.records import file_name
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
-from lavatar_jax.files import replacing, write_errors
+from lavatar_jax.files import replacing
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
+from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.dynaforcing import Reward
 from lavatar_jax.training.latents import load_vae
 from lavatar_jax.training.state import LossFn, Params
@@ -100,15 +101,24 @@ def make_sampler(
     return sample
 
 
-def held_out_rows(source: ShardSource) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
-    """The held-out records that can be read, with their ids; what cannot is noted as skipped."""
+def held_out_rows(source: ShardSource) -> list[tuple[str, Mapping[str, np.ndarray]]]:
+    """The held-out records that all processes can read, with their ids; others are noted as skipped."""
+    rows: list[Mapping[str, np.ndarray] | None] = []
     for number in source.held_out:
         try:
-            row = source[number]
+            rows.append(source[number])
         except CorruptRecordError as error:
             source.skipped_log.add(source.ids[number], str(error))
-        else:
-            yield source.ids[number], row
+            rows.append(None)
+    readable = np.array([row is not None for row in rows])
+    if jax.process_count() > 1:  # or they would compute different things together
+        readable = multihost_utils.process_allgather(readable).all(axis=0)
+    names = (source.ids[number] for number in source.held_out)
+    return [
+        (name, row)
+        for name, row, all_can in zip(names, rows, readable, strict=True)
+        if all_can and row is not None
+    ]
 
 
 def _check_encoder(source: ShardSource, config: VAEConfig, vae_place: str) -> None:
@@ -188,12 +198,13 @@ def make_stream_evaluator(
 def save_moving_pictures(videos: Iterable[tuple[str, Float[np.ndarray, "T H W 3"]]], folder: Path) -> None:
     """Videos in [-1, 1] as NAME.webp in a folder, none of them half a file. Raises UserError.
 
-    Of several processes the first one writes, and makes the videos: nothing that others have a part in.
+    Of several processes the first one takes and writes them, and the others wait: making them must be nothing
+    that others have a part in.
     """
-    if jax.process_index() > 0:
-        return
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    first_process_only(lambda: _save_all(videos, folder))
+
+
+def _save_all(videos: Iterable[tuple[str, Float[np.ndarray, "T H W 3"]]], folder: Path) -> None:
     for name, video in videos:
         pictures = [Image.fromarray(frame) for frame in to_uint8(video)]
         first, *rest = (

@@ -19,6 +19,7 @@ OPTIONS = (
     "--filters.seconds", "1", "30", "--filters.reference-gap", "0.2",
 )  # fmt: skip
 PARTS = 3
+NAMES = ("text.mp4", *(f"{number}.mp4" for number in range(7)))
 
 
 def prepare(*args: str | Path) -> int:
@@ -34,10 +35,9 @@ def videos(tmp_path: Path) -> Path:
     """Seven videos, of which a share has at least one."""
     folder = tmp_path / "videos"
     folder.mkdir()
-    for number in range(7):
-        frames = np.full((30, 128, 128, 3), 20 * number, np.uint8)
-        film(folder / f"{number}.mp4", frames, speech(1.2))
-    (folder / "text.mp4").write_text("this is no video")
+    (folder / NAMES[0]).write_text("this is no video")
+    for number, name in enumerate(NAMES[1:]):
+        film(folder / name, np.full((30, 128, 128, 3), 20 * number, np.uint8), speech(1.2))
     return folder
 
 
@@ -109,6 +109,10 @@ def test_what_does_not_belong_together_is_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    (parts[0] / PREPARED).write_text("half a fi")
+    assert join(*parts, "--out", tmp_path / "all") == 2
+    assert f"{parts[0] / PREPARED}" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
     assert join(*parts, "--out", parts[0]) == 2
     assert "exists already" in capsys.readouterr().err
     assert not list(tmp_path.glob("all*"))
@@ -118,3 +122,10 @@ def test_what_does_not_belong_together_is_one_line(
 def test_a_share_is_one_of_several(part: str, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare(videos, "--out", videos.parent / "out", f"--part={part}") == 2
     assert f"--part {part}: give a number and how many there are" in capsys.readouterr().err
+
+
+def test_a_share_of_no_videos_is_said(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = next(k for k in range(1, 1001) if not any(map(prepare_data.share(f"{k}/1000"), NAMES)))
+    assert prepare(videos, "--out", videos.parent / "out", "--part", f"{empty}/1000") == 2
+    assert f"--part {empty}/1000 has none of the 8 videos" in capsys.readouterr().err
+    assert not (videos.parent / "out").exists()

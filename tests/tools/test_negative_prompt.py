@@ -23,7 +23,7 @@ def test_a_negative_prompt_lies_beside_the_records_until_another_is_given(tmp_pa
             return np.full((1 + len(prompt), 4), 0.1)
 
     encoder: Any = Reader()
-    for prompt in ("", "", "blurred"):
+    for prompt in (None, "", "blurred", None):  # None: what is there
         keep_negative(tmp_path, prompt, encoder)
     assert asked == ["", "blurred"]
     prompt, states = read_negative(tmp_path) or ("", np.zeros(0))

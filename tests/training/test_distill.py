@@ -16,6 +16,7 @@ from lavatar_jax.checkpoints.runs import flatten_names, read_average
 from lavatar_jax.checkpoints.store import save_params
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.motion import MANNERS
+from lavatar_jax.data.negative_prompt import write_negative
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
@@ -91,6 +92,7 @@ def make_run(folder: Path) -> DistillRun:
         writer.flush()
         mean, std = latent_statistics(stored_records(folder / "latents", writer.rows))
         writer.finish(mean=mean, std=std, encoder={})
+    write_negative(folder / "latents", "", random.normal(size=(2, 4)))
     (folder / "model").mkdir()
     save_params(folder / "model" / "dit.safetensors", random_dit(MODEL), np.float32)
     return DistillRun(
@@ -100,7 +102,7 @@ def make_run(folder: Path) -> DistillRun:
         data=LatentsConfig(folder=str(folder / "latents"), clips=CLIPS, text_len=3, text_dim=4),
         sampling=SAMPLING,
         rollout=SelfForcingConfig(transition="euler", shift=3.0),
-        score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
+        score=ScoreConfig(kind="causal", without_audio="other", without_text="negative"),
         loss=DMDConfig(shift=3.0, guidance=0.5),
         dyna=DynaConfig(hybrid=0.5, alpha=0.5, rewards=((f"{__name__}:contrast", 1.0),)),
         distill=DistillConfig(critic_rate=1e-2, update_ratio=2, regression=0.5, mouth_weight=2.0, run_in=1),
@@ -348,6 +350,7 @@ def test_a_step_of_the_full_size_run_can_be_traced() -> None:
         "reference": shape(1, height, width, 16),
         "audio": shape(1, model.audio_layers, model.audio_dim, 4 * frames),
         "text": shape(model.text_len, model.text_dim),
+        "negative_text": shape(model.text_len, model.text_dim),
         "mouth": shape(height, width),
     }
     frozen = {"params": weights.frozen, "rewards": []}

@@ -140,4 +140,4 @@ def test_nobody_waits_for_a_preparation_that_failed(finished: Path) -> None:
     assert (code, other_code) == (2, 2), error + other_error
     assert "reads too" not in out + other_out
     assert "error: no speech\n" in error
-    assert "error: process 0 could not prepare the data; its own message says why\n" in other_error
+    assert "error: process 0 could not write files for all; its own message says why\n" in other_error

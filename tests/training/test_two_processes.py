@@ -67,10 +67,11 @@ def logged(out: Path) -> list[dict[str, float]]:
 
 
 def shown(out: Path) -> dict[str, np.ndarray]:
-    """The first pictures of the samples of the last step."""
+    """The last pictures of the samples of the last step."""
     pictures = {}
     for path in sorted((out / SAMPLES / "00000003").iterdir()):
         with Image.open(path) as picture:
+            picture.seek(picture.n_frames - 1)
             pictures[path.name] = np.asarray(picture.convert("RGB"), np.float32)
     return pictures
 
