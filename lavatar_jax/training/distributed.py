@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,27 +107,50 @@ class Agreement:
 def ending_together(step: Callable[[], int]) -> Iterator[None]:
     """If another process is lost inside, say so in one line and end this one with exit code `LOST`.
 
-    At once and without cleaning up, since that would wait for the lost one. Where the devices' library hangs
-    instead of failing, the missing heartbeat ends the process.
+    At once and without cleaning up, since that would wait for the lost one. What waits instead of failing, as
+    the devices' library may, or the end of a checkpoint, is aborted by jax for want of the other's heartbeat.
     """
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        if not isinstance(error, jax.errors.JaxRuntimeError):  # perhaps it is this process that is wrong
-            traceback.print_exc()
+    once = threading.Lock()
+
+    def end(reason: str) -> None:
+        once.acquire()  # never released: whoever comes second waits for the end
         print(
             f"error: process {jax.process_index()} ends at step {step()}: another process of this run has "
-            f"ended or cannot be reached ({first_line(error)}). Start the same command again: it goes on "
-            "from the last checkpoint",
+            f"ended or cannot be reached ({reason}). Start the same command again: it goes on from the last "
+            "checkpoint",
             file=sys.stderr,
             flush=True,
         )
         sys.stdout.flush()
         os._exit(LOST)
+
+    alone = jax.process_count() == 1
+    lost = contextlib.nullcontext() if alone else _instead_of_aborting(lambda: end("no heartbeat"))
+    try:
+        with lost:
+            yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if alone:
+            raise
+        if not isinstance(error, jax.errors.JaxRuntimeError):  # perhaps it is this process that is wrong
+            traceback.print_exc()
+        end(first_line(error))
+
+
+@contextlib.contextmanager
+def _instead_of_aborting(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` when a library aborts the process. Python's own handlers would never run: `abort` does not
+    return to it."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: end())
+    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, before)
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lavatar_jax.checkpoints.runs import RunCheckpoints
+from lavatar_jax.training.distributed import LOST
 from tests.training.toy_run import losses
 
 STEPS = 6
@@ -126,3 +127,26 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_run_goes_on(whole:
     for process in pair(tmp_path):
         finish(process)
     np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+def test_a_process_that_is_aborted_for_the_loss_of_another_says_so(tmp_path: Path):
+    """As jax does where nothing fails by itself; the thread that aborts is not the one that waits."""
+    script = """
+import os, threading, jax
+from lavatar_jax.training.distributed import ending_together
+jax.process_count, jax.process_index = lambda: 2, lambda: 0
+with ending_together(lambda: 7):
+    threading.Timer(0.1, os.abort).start()
+    threading.Event().wait(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == LOST, done.stderr
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: process 0 ends at step 7: another process of this run has ended")
+    assert "Start the same command again" in message

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -185,7 +186,11 @@ def test_a_checkpoint_that_training_removes_is_named(student: Path, tmp_path: Pa
             average.read("head.linear.weight")
 
 
-def test_what_cannot_be_a_model_is_one_line(base: Path, student: Path, tmp_path: Path, capsys) -> None:
+def test_what_cannot_be_a_model_is_one_line(
+    base: Path, student: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where another test asked for orbax's log, it goes to a stream that has been closed since.
+    monkeypatch.setattr(logging.getLogger("absl"), "disabled", True)
     adapters = forcing(tmp_path / "adapters", lora=LoraConfig(rank=2))
     other = forcing(tmp_path / "other", model=dataclasses.replace(MODEL, layers=3, text_dim=8))
     fresh = forcing(tmp_path / "fresh")
