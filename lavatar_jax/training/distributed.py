@@ -125,7 +125,7 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
         os._exit(LOST)
 
     alone = jax.process_count() == 1
-    lost = contextlib.nullcontext() if alone else _instead_of_aborting(lambda: end("no heartbeat"))
+    lost = contextlib.nullcontext() if alone else _instead_of_aborting(lambda: end("jax aborted, see above"))
     try:
         with lost:
             yield
