@@ -8,31 +8,21 @@ machines share a batch, or on when a run was interrupted.
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
-from array_record.python import array_record_module
 
 from lavatar_jax.data.batches import EPOCHS, Batch, Batches, rows_of_part
 from lavatar_jax.data.negative_prompt import read_negative
-from lavatar_jax.data.records import Record, decode_record, shapes
-from lavatar_jax.data.shards import read_dataset, read_manifest
-from lavatar_jax.data.skipped import SkippedLog
+from lavatar_jax.data.record_folder import RecordFolder
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.words import encode_words
 
 NORMALISED = ("latent", "reference", "motion", "pose")
-UNBATCHED = ("text", "spread")  # padded to one length, or not for training: not part of a bucket's shapes
-READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-ATTEMPTS = 64  # records to try in the place of one that cannot be read
-
-
-class CorruptRecordError(Exception):
-    """A record that is in the manifest and cannot be read."""
+UNUSED = ("spread",)  # what the transformer does not train on
+UNBATCHED = ("text", *UNUSED)  # not part of a bucket's shapes: texts are padded to one length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +39,14 @@ class Bucket:
         return frames, height, width
 
 
-class ShardSource:
-    """Random access to a folder that `shards.ShardWriter` made; can be sent to worker processes.
+class ShardSource(RecordFolder):
+    """The records of a folder as training sees them.
 
     `text_len`, `text_dim`: of the DiT; the shape of the text states in a batch. Records without states of
     their own get them from the words of their captions.
-    `skipped_log`: a file that gets a line for every record that cannot be read (`skipped.SkippedLog`).
-    `held_out`: so many records, the last ones, are in no bucket, so that no batch has them; as an attribute,
-    their numbers. Of real videos, the other records of theirs are left out too: they show the same person.
     `negative`: with the folder's negative prompt (`negative_prompt`) in each row.
-    Raises UserError where the folder is missing, foreign, unfinished, or without records or that prompt.
+    `skipped_log`, `held_out`: as of `RecordFolder`; no bucket has what is held out, so that no batch has it.
+    Raises UserError as `RecordFolder`, and where the folder has no such prompt.
     """
 
     def __init__(
@@ -71,82 +59,14 @@ class ShardSource:
         held_out: int = 0,
         negative: bool = False,
     ) -> None:
-        self.folder = Path(folder)
-        self.dataset = read_dataset(folder)
+        super().__init__(folder, skipped_log=skipped_log, held_out=held_out)
         self.text_shape = (text_len, text_dim)
         self._negative = self._read_negative() if negative else None
         self.mean, self.std = (np.array(x, np.float32) for x in (self.dataset.mean, self.dataset.std))
-        rows = read_manifest(folder)
-        if not rows:
-            raise UserError(f"{folder} has no training records; see its report, and prepare the data again")
-        if len(rows) != self.dataset.records:
-            raise UserError(
-                f"{folder}: the manifest names {len(rows)} records, dataset.json {self.dataset.records}; "
-                "copy both files again or prepare the data again"
-            )
-        self.ids = [row["id"] for row in rows]
-        self.captions = [str(row.get("caption", "")) for row in rows]
-        self.shards = sorted({row["shard"] for row in rows})
-        if not any((self.folder / shard).is_file() for shard in self.shards):
-            raise UserError(
-                f"{folder}: none of its {len(self.shards)} shards is there; copy them beside the manifest"
-            )
-        number = {shard: i for i, shard in enumerate(self.shards)}
-        self._place = [(number[row["shard"]], row["offset"]) for row in rows]
-        if not 0 <= held_out < len(rows):
-            raise UserError(f"{folder} has {len(rows)} records: {held_out} cannot be held out of training")
-        self.held_out = range(len(rows) - held_out, len(rows))
-        self._shapes = [_batched(row["shapes"]) for row in rows]
-        self.buckets = _buckets(self._shapes, _training_records(rows, held_out))
-        if not self.buckets:
-            raise UserError(
-                f"{folder}: all {len(rows)} records are of the videos of the last {held_out}, which are held "
-                "out of training (--samples.records): hold out fewer or none, or prepare more videos"
-            )
-        self._bucket = np.zeros(len(rows), np.int64)  # of held-out records it is not asked
+        self.buckets = _buckets([_batched(sizes) for sizes in self.shapes], self.training)
+        self._bucket = np.zeros(len(self), np.int64)  # of held-out records it is not asked
         for i, bucket in enumerate(self.buckets):
             self._bucket[bucket.records] = i
-        self.skipped_log = SkippedLog(skipped_log)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name not in ("_readers", "_lock")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._reset()
-
-    def __repr__(self) -> str:
-        return f"ShardSource({str(self.folder)!r}, records={len(self)})"
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Why a record could not be read, by its id: those that were asked for so far.
-
-        With worker processes, what they met is known only through `skipped_log`.
-        """
-        return self.skipped_log.read()
-
-    def record(self, number: int) -> Record:
-        """A record as it was written. Raises CorruptRecordError."""
-        shard, offset = self._place[number]
-        try:
-            record = decode_record(self._reader(shard).read([offset])[0])
-            if record["id"] != self.ids[number]:
-                raise ValueError(f"holds {record['id']}, not {self.ids[number]} as the manifest says")
-            if _batched(shapes(record)) != self._shapes[number]:
-                raise ValueError("its shapes are not those of the manifest")
-        except (RuntimeError, ValueError, OSError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise CorruptRecordError(f"{self.shards[shard]}, offset {offset}: {reason}") from None
-        return record
 
     def __getitem__(self, number: int) -> Batch:
         """A record as training sees it: one row of a batch (see `record_batches`).
@@ -154,8 +74,11 @@ class ShardSource:
         Raises CorruptRecordError.
         """
         record = self.record(number)
-        arrays = {name: value for name, value in record.items() if not isinstance(value, str)}
-        row: Batch = {name: value.astype(np.float32) for name, value in arrays.items() if name != "spread"}
+        row: Batch = {
+            name: value.astype(np.float32)
+            for name, value in record.items()
+            if not isinstance(value, str) and name not in UNUSED
+        }
         for name in NORMALISED:
             if name in row:
                 row[name] = (row[name] - self.mean) / self.std
@@ -169,35 +92,12 @@ class ShardSource:
 
     def read_batch(self, numbers: np.ndarray) -> Batch:
         """Rows of one bucket, stacked. Where a record cannot be read, another one of the bucket stands in."""
-        rows = [self._read(int(number)) for number in numbers]
+        peers = [self.buckets[self._bucket[number]].records for number in numbers]
+        rows = [
+            self.read_or_replace(int(number), of, self.__getitem__)
+            for number, of in zip(numbers, peers, strict=True)
+        ]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _read(self, number: int) -> Batch:
-        candidate = number
-        peers = self.buckets[self._bucket[number]].records
-        # Drawn by the number of the bad record, not its neighbour: a whole lost shard must not make one
-        # record stand in a hundred times.
-        random = np.random.default_rng([number, 77])
-        for _ in range(ATTEMPTS):
-            try:
-                return self[candidate]
-            except CorruptRecordError as error:
-                self.skipped_log.add(self.ids[candidate], str(error))
-            candidate = int(peers[random.integers(len(peers))])
-        size = self.buckets[self._bucket[number]].latent_size
-        raise UserError(
-            f"{self.folder}: nearly all records of latent size {size} are unreadable, such as "
-            f"{self.ids[number]}; copy the shards again or prepare the data again"
-        )
-
-    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                path = self.folder / self.shards[shard]
-                if not path.is_file():
-                    raise FileNotFoundError(f"the shard {path.name} is missing")
-                self._readers[shard] = array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
-            return self._readers[shard]
 
     def _read_negative(self) -> np.ndarray:
         found = read_negative(self.folder)
@@ -221,13 +121,6 @@ class ShardSource:
         return np.pad(states, ((0, length - len(states)), (0, 0)))
 
 
-def _training_records(rows: Sequence[Mapping[str, Any]], held_out: int) -> list[int]:
-    """The numbers of all records but the last `held_out` and those of the same videos."""
-    training = len(rows) - held_out
-    videos = {row.get("video") for row in rows[training:]} - {None}  # rendered records have none
-    return [number for number in range(training) if rows[number].get("video") not in videos]
-
-
 def _buckets(sizes: Sequence[dict[str, tuple[int, ...]]], numbers: Sequence[int]) -> list[Bucket]:
     """Records by their shapes, in order of first appearance."""
     groups: dict[tuple, list[int]] = {}
@@ -236,9 +129,9 @@ def _buckets(sizes: Sequence[dict[str, tuple[int, ...]]], numbers: Sequence[int]
     return [Bucket(shapes=dict(key), records=np.array(records)) for key, records in groups.items()]
 
 
-def _batched(sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+def _batched(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shapes that must be equal in a batch."""
-    return {name: tuple(shape) for name, shape in sizes.items() if name not in UNBATCHED}
+    return {name: shape for name, shape in sizes.items() if name not in UNBATCHED}
 
 
 def record_batches(

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from lavatar_jax.config import SamplingConfig, VAEConfig
-from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.record_folder import CorruptRecordError
 from lavatar_jax.data.records import file_name
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8

@@ -15,7 +15,8 @@ from PIL import Image
 from lavatar_jax.checkpoints.runs import read_average
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.clips import unpack
-from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.record_folder import CorruptRecordError
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.speech import write_wav
 from lavatar_jax.data.talking_clips import sample_clip

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavatar_jax.data.loader import CorruptRecordError, ShardSource
+from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.record_folder import CorruptRecordError
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.shards import ShardWriter
 from lavatar_jax.errors import UserError
