@@ -64,9 +64,7 @@ def read_run(config: str, options: Sequence[str]) -> Any:
     default = load_config(config)
     found = parse_options(type(default), options, prog=f"train.py {config}", default=default)
     if not isinstance(found, DiTRun | DistillRun):
-        raise UserError(
-            f"{config}: only stages that train on records can be measured: 1, 2 and the ODE stage"
-        )
+        raise UserError(f"{config}: only stage 1, stage 2 and the ODE stage can be measured")
     check_run(found)
     return found
 

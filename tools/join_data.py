@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lavatar_jax.checkpoints.sources import read_json
 from lavatar_jax.cli import parse_options, run
-from lavatar_jax.data.made_with import first_difference
+from lavatar_jax.data.made_with import EARLIER, first_difference
 from lavatar_jax.data.negative_prompt import NEGATIVE, read_negative
 from lavatar_jax.data.preparation_report import render_report
 from lavatar_jax.data.shards import DATASET, MANIFEST, PREPARED, Dataset, read_dataset, read_manifest
@@ -74,7 +74,7 @@ def _check_alike(part: Path, first: Path) -> Dataset:
     dataset = read_dataset(part)
     if not (part / PREPARED).is_file():
         raise UserError(f"{part} was not made by tools/prepare_data.py; only such folders are joined")
-    settings = read_json(first / PREPARED)
+    settings = {**EARLIER, **read_json(first / PREPARED)}
     if (difference := first_difference(part / PREPARED, settings)) is not None:
         name, found, wanted = difference
         raise UserError(

@@ -4,7 +4,8 @@ Any container, size and rate, also inside of WebDataset tars; NAME.txt beside NA
 NAME.pose.mp4 a video of its driving poses. Shots with exactly one face and audible speech become clips of 25
 frames a second; `report.html` in the output says what was dropped and why. The same command goes on after an
 interruption, adds new videos, looks again at those that gave nothing and have changed since, and takes
-captions and poses that came later. Changed ones, other filters, faces, lengths and light need another --out.
+captions and poses that came later. Changed ones, other filters, faces, lengths, pixels and light need another
+--out.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Prepare:
     """Frames before a clip that are kept as its past; 1 + 4k."""
     other_light: float = 0.0
     """Share of references in another light than their clip, so that colours are not simply copied."""
+    pixels: int = 0
+    """Frames of each clip, 1 + 4k, that are kept as pictures, for stage 0; records grow much by them."""
     part: str = "1/1"
     """K/N: only the K-th of N shares of the videos; tools/join_data.py joins what N machines made."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
@@ -107,6 +110,7 @@ def main(args: list[str]) -> None:
         motion_frames=options.motion_frames,
         filters=options.filters,
         other_light=options.other_light,
+        pixels=options.pixels,
     )
     longest = options.filters.seconds[1]
     if longest * FPS < encoder.shortest:
@@ -196,7 +200,7 @@ def _told(name: str, found: Any, wanted: Any) -> str:
     """A setting that differs, in the words of the options."""
     if name == "clip_frames":
         return f"another length: clips of {found} frames, not {wanted} (--blocks)"
-    if name.startswith(("motion", "other", "faces", "filters")):
+    if name.startswith(("motion", "other", "faces", "filters", "pixels")):
         return f"--{name.replace('_', '-')} {found}, not {wanted}"
     return f"another model: {name} {found}, not {wanted}"
 

@@ -27,6 +27,7 @@ from lavatar_jax.data.clip_filters import (
     Box,
     FilterConfig,
     face_crop,
+    face_in_crop,
     judge_faces,
     judge_sound,
     nearest_size,
@@ -60,7 +61,7 @@ class Job:
     shortest: int = 1  # frames of a piece that gives a record
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """A part of a shot that passed all filters. Frames and poses uint8 [T, h, w, 3] and sound float32 are
     files."""
@@ -69,6 +70,9 @@ class Piece:
     frames: Path
     samples: Path
     face: float  # height of the face, pixels of the video
+    place: tuple[
+        float, ...
+    ]  # where it mostly is in the frames: top, left, bottom and right, in shares of them
     level_db: float
     n_faces: int | None = None  # the most that a look saw; None where nothing counts them
     pose: Path | None = None  # cut out like the frames
@@ -206,10 +210,11 @@ def _cut(path: Path, job: Job, folder: Path, outcome: Outcome) -> None:
             crop = face_crop(boxes, survey.size, size, job.filters)
             if isinstance(crop, tuple):
                 piece = Piece(
-                    start,
-                    folder / f"{start}.npy",
-                    folder / f"{start}.sound.npy",
+                    start=start,
+                    frames=folder / f"{start}.npy",
+                    samples=folder / f"{start}.sound.npy",
                     face=float(np.median([box.height for box in boxes])),
+                    place=face_in_crop(boxes, crop),
                     level_db=_level(samples),
                     n_faces=None if job.faces == "any" else max(map(len, looks)),
                     pose=None if pose is None else folder / f"{start}.pose.npy",

@@ -25,6 +25,7 @@ from lavatar_jax.data.clip_filters import (
 )
 from lavatar_jax.data.records import Record
 from lavatar_jax.data.references import other_light
+from lavatar_jax.errors import UserError
 from lavatar_jax.inference.encode import frame_chunks
 from lavatar_jax.inference.images import size_less_than_area
 from lavatar_jax.models.avatar import AvatarConfig
@@ -81,8 +82,9 @@ def perturbed(photo: UInt8[np.ndarray, "H W 3"], name: str, share: float) -> UIn
 class ClipEncoder:
     """The VAE, the ear and the reader of prompts of a model (`--model` of the other programs).
 
-    `other_light`: share of references in another light than their clip.
-    Raises UserError where the folder is none, or damaged.
+    `other_light`: share of references in another light than their clip. `pixels`: frames of each clip that
+    are kept as they are, for stage 0.
+    Raises UserError where the folder is none, or damaged, and for `pixels` that stage 0 cannot encode.
     """
 
     def __init__(
@@ -93,12 +95,20 @@ class ClipEncoder:
         motion_frames: int,
         filters: FilterConfig,
         other_light: float = 0.0,
+        pixels: int = 0,
     ) -> None:
         self.folder: Path = model_folder(model)
         self.config = load_config(self.folder)
         self.sizes = target_sizes(self.config)
         self.motion_frames, self.filters, self.other_light = motion_frames, filters, other_light
         self.clip_frames = blocks * self.config.dit.block_frames * self.config.vae.temporal_factor
+        factor = self.config.vae.temporal_factor
+        if pixels and not (1 <= pixels <= self.clip_frames and pixels % factor == 1):
+            raise UserError(
+                f"--pixels must be 1 + {factor}k and at most a clip's {self.clip_frames} frames (--blocks), "
+                f"not {pixels}"
+            )
+        self.pixels = pixels
         self.shortest = shortest_piece(motion_frames, self.clip_frames, filters)
         self._vae, self._speech = load_encoders(self.folder, self.config)
         self._text: dict[str, np.ndarray | None] = {}
@@ -113,6 +123,7 @@ class ClipEncoder:
             "clip_frames": self.clip_frames,
             "motion_frames": self.motion_frames,
             "other_light": self.other_light,
+            "pixels": self.pixels,
         }
 
     def records(self, outcome: Outcome, piece: Piece, done: set[str]) -> Iterator[tuple[int, Record]]:
@@ -147,6 +158,9 @@ class ClipEncoder:
             }
             if poses is not None:
                 record["pose"] = self.encode_pose(poses[first:stop]).astype(np.float16)
+            if self.pixels:
+                record["pixels"] = frames[first : first + self.pixels]
+                record["face"] = np.array(piece.place, np.float32)
             text = self.read(outcome.caption)
             yield piece.start + first, record if text is None else {**record, "text": text}
 

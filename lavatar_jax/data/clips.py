@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -26,8 +26,10 @@ WEIGHT_STRIDE = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
-    """Rendered clips and how batches are cut from them.
+    """Clips and how batches are cut from them.
 
+    `clips` of `frames` and `size` are rendered into `folder`. A folder of real videos (`tools/prepare_data.py
+    --pixels`), and any with `clips` 0, is only read: whole clips are then what its records keep.
     A batch is either short windows of `crop_size` pixels (`--train.batch` of them) or whole clips (as few as
     the devices can share); the two kinds take turns. Crops show the network more people for the same cost,
     whole clips teach it the border, the attention at native size and a longer history. Small batches and many
@@ -150,23 +152,26 @@ class ClipSource:
 
 
 def random_crop(
-    clip: dict[str, np.ndarray], rng: np.random.Generator, *, size: int, frames: int
+    clip: dict[str, np.ndarray], rng: np.random.Generator, *, size: tuple[int, int], frames: int
 ) -> dict[str, np.ndarray]:
-    """A window at a multiple of 4 pixels; three times in four centred near a pixel of high loss weight."""
+    """A window of `size` (rows, columns), multiples of 4 pixels, at such a place; three times in four centred
+    near a pixel of high loss weight, if there is one."""
     first = rng.integers(0, len(clip["video"]) - frames + 1)
     video, weight = (clip[name][first : first + frames] for name in ("video", "weight"))
-    limit = (video.shape[1] - size) // WEIGHT_STRIDE
-    if rng.random() < 0.75:
-        rows, columns = np.nonzero(weight[0] > 1.5 / WEIGHT_STEP)
-        i = rng.integers(len(rows))
-        centre = np.array([rows[i], columns[i]]) + rng.integers(-3, 4, 2)
-        top, left = np.clip(centre - size // WEIGHT_STRIDE // 2, 0, limit)
+    window = np.array(size) // WEIGHT_STRIDE
+    limit = weight.shape[1:] - window
+    near = np.argwhere(weight[0] > 1.5 / WEIGHT_STEP)
+    if rng.random() < 0.75 and len(near):
+        centre = near[rng.integers(len(near))] + rng.integers(-3, 4, 2)
+        corner = np.clip(centre - window // 2, 0, limit)
     else:
-        top, left = rng.integers(0, limit + 1, 2)
-    length = size // WEIGHT_STRIDE
-    weight = weight[:, top : top + length, left : left + length]
-    top, left = top * WEIGHT_STRIDE, left * WEIGHT_STRIDE
-    video = video[:, top : top + size, left : left + size]
+        corner = rng.integers(0, limit + 1)
+
+    def cut(array: np.ndarray, scale: int) -> np.ndarray:
+        (top, left), (bottom, right) = scale * corner, scale * (corner + window)
+        return array[:, top:bottom, left:right]
+
+    video, weight = cut(video, WEIGHT_STRIDE), cut(weight, 1)
     if rng.random() < 0.5:
         video, weight = video[:, :, ::-1], weight[:, :, ::-1]
     arrays = {"video": np.ascontiguousarray(video), "weight": np.ascontiguousarray(weight)}
@@ -179,17 +184,22 @@ def clip_batches(config: ClipsConfig, *, crops: int, whole: int, workers: int = 
     source = ClipSource(config.folder)
 
     def samples(size: int, frames: int, seed: int) -> grain.MapDataset:
-        crop = functools.partial(random_crop, size=size, frames=frames)
+        crop = functools.partial(random_crop, size=(size, size), frames=frames)
         return grain.MapDataset.source(source).seed(seed).shuffle().repeat(EPOCHS).random_map(crop)
 
     kinds = [
         (samples(config.crop_size, config.crop_frames, config.seed), crops, 1.0 - config.full_share),
         (samples(config.size, config.frames, config.seed + 1), whole, config.full_share),
     ]
+    return crops_and_clips(kinds, workers=workers)
+
+
+def crops_and_clips(kinds: Sequence[tuple[grain.MapDataset, int, float]], *, workers: int) -> Batches:
+    """Batches of several kinds that take turns: (samples, how many to a batch, share of the batches)."""
     kinds = [kind for kind in kinds if kind[2] > 0]
 
     def order(part: int, parts: int) -> grain.MapDataset:
-        batches = [stacked(clips, batch, part, parts) for clips, batch, _ in kinds]
+        batches = [stacked(samples, batch, part, parts) for samples, batch, _ in kinds]
         return grain.MapDataset.mix(batches, weights=[share for *_, share in kinds])
 
     return Batches(order, workers=workers)

@@ -1,4 +1,4 @@
-"""Batches of training records: random access to shards, and an endless, exactly resumable order over them.
+"""Batches of training records, in an endless, exactly resumable order.
 
 Batch number k is a pure function of (folder, seed, k): which bucket of shapes it comes from, which records,
 and what stands in for one that cannot be read. So the order does not depend on worker processes, on how many
@@ -21,7 +21,7 @@ from lavatar_jax.errors import UserError
 from lavatar_jax.models.words import encode_words
 
 NORMALISED = ("latent", "reference", "motion", "pose")
-UNUSED = ("spread",)  # what the transformer does not train on
+UNUSED = ("spread", "pixels", "face")  # what the transformer does not train on
 UNBATCHED = ("text", *UNUSED)  # not part of a bucket's shapes: texts are padded to one length
 
 

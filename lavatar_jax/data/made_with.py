@@ -11,6 +11,9 @@ from lavatar_jax.data.shards import RENDERED
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import write_text
 
+# What folders had before there was a choice: their notes do not name it.
+EARLIER = {"pixels": 0, "other_light": 0.0}
+
 
 def write_note(path: Path, options: Mapping[str, Any]) -> None:
     """Atomically. Raises UserError."""
@@ -20,8 +23,8 @@ def write_note(path: Path, options: Mapping[str, Any]) -> None:
 def first_difference(path: Path, options: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """(name, noted, wanted) of an option that is another one in the note; `a.b` is b of the mapping a.
 
-    None where all are the same. What there is no note of, as in folders of earlier versions, and what is not
-    known now (None) is not compared. Raises UserError where the note is damaged.
+    None where all are the same. What there is no note of, as in folders of earlier versions (but for
+    `EARLIER`), and what is not known now (None) is not compared. Raises UserError where the note is damaged.
     """
     if not path.is_file():
         return None
@@ -30,8 +33,9 @@ def first_difference(path: Path, options: Mapping[str, Any]) -> tuple[str, Any, 
     except (ValueError, TypeError):
         raise UserError(f"{path} is damaged; prepare the data again in another folder") from None
     for name, wanted in _flat(json.loads(json.dumps(options))).items():
-        if wanted is not None and found.get(name) not in (None, wanted):
-            return name, found[name], wanted
+        noted = found.get(name, EARLIER.get(name))
+        if wanted is not None and noted not in (None, wanted):
+            return name, noted, wanted
     return None
 
 

@@ -123,8 +123,8 @@ class RecordFolder:
                 self.skipped_log.add(self.ids[candidate], str(error))
             candidate = int(peers[random.integers(len(peers))])
         raise UserError(
-            f"{self.folder}: nearly all records of the shapes of {self.ids[number]} are unreadable; copy the "
-            "shards again or prepare the data again"
+            f"{self.folder}: nearly all of {len(peers)} records are unreadable, such as {self.ids[number]}; "
+            "copy the shards again or prepare the data again"
         )
 
     def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:

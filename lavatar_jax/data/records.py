@@ -18,6 +18,8 @@ and, where known:
     pose       [F, h, w, Z] float16: raw means of the driving pose, in step with `latent`; its context is a
                copy of its first frame, anew for each clip of the sampler (`inference/pose.py`)
     spread     [Z] float16: the encoder's own deviation
+    pixels     [1 + 4k, H, W, 3] uint8: the first frames of the clip, for stage 0
+    face       [4] float32: top, left, bottom and right of the face in them, in shares of height and width
 """
 
 from __future__ import annotations

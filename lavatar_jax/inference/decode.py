@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lavatar_jax.inference.encode import CHUNK_LATENTS, chunks, encode
@@ -17,6 +18,17 @@ from lavatar_jax.models.vae import CausalVAE, to_pixels
 def _stream(vae: CausalVAE, latent: Array, cache: Any, *, first: bool) -> tuple[Array, Any]:
     video, cache = vae.stream_decode(latent, cache, first=first)
     return to_pixels(video), cache
+
+
+def decode(
+    vae: CausalVAE, latent_BFHWC: Float[Array | np.ndarray, "B F H W C"]
+) -> Float[Array, "B T H2 W2 3"]:
+    """All frames of a clip, in [-1, 1]; equals `vae.decode`, in the memory of a chunk."""
+    cache, frames = None, []
+    for piece in chunks(latent_BFHWC.shape[1], CHUNK_LATENTS):
+        video, cache = _stream(vae, latent_BFHWC[:, piece], cache, first=cache is None)
+        frames.append(video)
+    return jnp.concatenate(frames, axis=1)
 
 
 class StreamDecoder:

@@ -121,7 +121,9 @@ def prepare_predictions(config: DecoderRun) -> None:
     if given.clips > len(source):
         raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
-        raise UserError(f"{config.data.folder} has records that were not rendered: their frames are not kept")
+        raise UserError(
+            f"{config.data.folder} has records that were not rendered: this stage cannot draw their frames"
+        )
     size, past = config.data.size, config.data.motion_latents
     frames, height, width = source.buckets[0].latent_size
     if not 1 <= given.cells <= min(height, width):

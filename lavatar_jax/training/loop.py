@@ -159,7 +159,7 @@ def fit(
     if best is not None and evaluate is None:
         raise UserError(
             f"--checkpoint.best {best}: this run measures nothing; stages 1 and 2 do where they hold records "
-            "out (--samples.records)"
+            "out (--samples.records), and stage 0 on videos"
         )
     batches.take_part(*batch_part(mesh))
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)

@@ -16,12 +16,15 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from lavatar_jax.config import SamplingConfig, VAEConfig
+from lavatar_jax.data.batches import Batch
 from lavatar_jax.data.loader import ShardSource
+from lavatar_jax.data.pixels import PixelSource
 from lavatar_jax.data.record_folder import CorruptRecordError
 from lavatar_jax.data.records import file_name
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.sheet import to_uint8
 from lavatar_jax.files import replacing
+from lavatar_jax.inference.decode import decode
 from lavatar_jax.inference.rollout import rollout
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.training.distributed import first_process_only
@@ -81,7 +84,6 @@ def make_sampler(
         return None
     config, vae = load_vae(vae_place)
     _check_encoder(source, config, vae_place)
-    decode = jax.jit(lambda vae, latents: jnp.clip(vae.decode(latents), -1, 1))
 
     def frames(row: Mapping[str, np.ndarray], latent: np.ndarray) -> np.ndarray:
         # The causal VAE makes one frame of the first latent: the photo's, which is cut off.
@@ -102,9 +104,9 @@ def make_sampler(
     return sample
 
 
-def held_out_rows(source: ShardSource) -> list[tuple[str, Mapping[str, np.ndarray]]]:
+def held_out_rows(source: ShardSource | PixelSource) -> list[tuple[str, Batch]]:
     """The held-out records that all processes can read, with their ids; others are noted as skipped."""
-    rows: list[Mapping[str, np.ndarray] | None] = []
+    rows: list[Batch | None] = []
     for number in source.held_out:
         try:
             rows.append(source[number])
@@ -139,10 +141,16 @@ def _check_encoder(source: ShardSource, config: VAEConfig, vae_place: str) -> No
 
 
 def make_evaluator(
-    source: ShardSource, loss_fn: LossFn, frozen: Params
+    source: ShardSource | PixelSource,
+    loss_fn: LossFn,
+    frozen: Params,
+    view: Callable[[Batch, int], Batch] = lambda row, draw: row,
 ) -> Callable[[Any], dict[str, float]] | None:
     """`evaluate` of `loop.fit`: the averaged weights' loss on the held-out records, as `held_out_` and the
-    names of the loss's metrics. The noise is the same each time, so that numbers of one run compare."""
+    names of the loss's metrics. The noise is the same each time, so that numbers of one run compare.
+
+    `view(row, draw)`: what of a record is looked at in each of several draws.
+    """
     if not source.held_out:
         return None
     losses = jax.jit(lambda params, frozen, row, key: loss_fn(params, frozen, row, key)[1])
@@ -150,8 +158,8 @@ def make_evaluator(
     def evaluate(state: Any) -> dict[str, float]:
         found: dict[str, list[float]] = {}
         for _, row in held_out_rows(source):
-            one = {name: value[None] for name, value in row.items()}
             for draw in range(DRAWS):
+                one = {name: value[None] for name, value in view(row, draw).items()}
                 for name, value in losses(state.average, frozen, one, jax.random.key(draw)).items():
                     found.setdefault(f"held_out_{name}", []).append(float(value))
         return {name: float(np.mean(values)) for name, values in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -165,11 +166,18 @@ def sample_of(run: DiTRun | DistillRun) -> dict[str, jax.ShapeDtypeStruct]:
 def _vae(run: VAERun) -> Subject:
     weights = abstract_weights(run.make)
     loss = vae.make_loss(compute_in(weights.merge, run.train.precision), run.loss)
-    size, frames = run.data.size, run.data.frames
-    grid = (size // WEIGHT_STRIDE, size // WEIGHT_STRIDE)
+    data = run.data
+    largest: tuple[int, ...] = (data.crop_frames, data.crop_size, data.crop_size)
+    if data.full_share:
+        source = vae.open_pixels(run)
+        whole = [(data.frames, data.size, data.size)] if source is None else source.sizes
+        largest = max(whole, key=math.prod)
+    frames, height, width = largest
     batch = {
-        "video": jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8),
-        "weight": jax.ShapeDtypeStruct((1, frames, *grid), jnp.uint8),
+        "video": jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.uint8),
+        "weight": jax.ShapeDtypeStruct(
+            (1, frames, height // WEIGHT_STRIDE, width // WEIGHT_STRIDE), jnp.uint8
+        ),
     }
     return Subject(weights=weights, state=_state(run, weights.params), loss=loss, batch=batch)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -15,17 +16,23 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lavatar_jax.config import VAEConfig
-from lavatar_jax.data.batches import Batches
-from lavatar_jax.data.clips import ClipsConfig, clip_batches, render_clips, unpack
+from lavatar_jax.data.batches import Batch, Batches
+from lavatar_jax.data.clips import ClipsConfig, clip_batches, random_crop, render_clips, unpack
 from lavatar_jax.data.faces import random_training_frames
+from lavatar_jax.data.pixels import PixelSource, pixel_batches
+from lavatar_jax.data.records import file_name
+from lavatar_jax.data.shards import DATASET, PREPARED
+from lavatar_jax.data.skipped import SKIPPED
 from lavatar_jax.errors import UserError
+from lavatar_jax.inference.decode import decode
+from lavatar_jax.inference.encode import encode
 from lavatar_jax.models.vae import CausalVAE, make_vae
 from lavatar_jax.parallel import batch_shards, train_mesh
 from lavatar_jax.training.distributed import first_process_only
 from lavatar_jax.training.optim import make_optimizer
 from lavatar_jax.training.precision import compute_in
 from lavatar_jax.training.run import Run, fit_run, run_step
-from lavatar_jax.training.samples import save_moving_pictures, to_host
+from lavatar_jax.training.samples import held_out_rows, make_evaluator, save_moving_pictures, to_host
 from lavatar_jax.training.state import LossFn, Merge, Params, TrainState, create_state, release
 from lavatar_jax.training.weights import initial_weights
 
@@ -109,7 +116,7 @@ def reconstruction_loss(
 
 
 def make_loss(merge: Merge[CausalVAE], config: VAELossConfig) -> LossFn:
-    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `clip_batches`."""
+    """`loss(params, frozen, batch, key)` of `run_step`, for batches of `clip_batches` and `pixel_batches`."""
 
     def loss_fn(
         params: Params, frozen: Params, batch: dict[str, Array], key: Array
@@ -159,58 +166,117 @@ def gentle_start(params: Params, latent_channels: int, key: Array) -> Params:
 
 
 def make_sampler(
-    config: VAERun, model_of: Callable[[TrainState], CausalVAE]
+    config: VAERun, model_of: Callable[[TrainState], CausalVAE], source: PixelSource | None = None
 ) -> Callable[[TrainState, Path], None] | None:
-    """`sample` of `loop.fit`: faces of other clips than those of the training, and what the VAE keeps."""
-    count, data = config.samples.records, config.data
-    if not count:
+    """`sample` of `loop.fit`: pictures that the training never sees, left, and what the VAE keeps of them.
+
+    They are the held-out records of `source`; None: faces of other clips than those of the training.
+    """
+    if not config.samples.records:
         return None
-    key = jax.random.fold_in(jax.random.key(data.seed), data.clips)  # where no chunk of `render_clips` begins
-    render = jax.jit(lambda key: random_training_frames(key, count, data.frames, data.size)[0])
-    rebuild = jax.jit(lambda vae, video: vae.decode(vae.encode(video)))
+    pictures = functools.partial(_rendered_faces, config) if source is None else _held_out_videos(source)
 
     def sample(state: TrainState, folder: Path) -> None:
-        video, vae = np.asarray(render(key)), model_of(state)
-        kept = np.concatenate([to_host(rebuild(vae, one[None])) for one in video])
-        pairs = np.concatenate([video, kept], axis=3)
-        save_moving_pictures(((f"face{index}", pair) for index, pair in enumerate(pairs)), folder)
+        vae = model_of(state)
+        pairs = [
+            (name, np.concatenate([video, to_host(decode(vae, encode(vae, video[None])))[0]], axis=2))
+            for name, video in pictures()
+        ]
+        save_moving_pictures(pairs, folder)
 
     return sample
 
 
-def check_sizes(config: VAERun) -> None:
-    """Raises UserError for clips or crops that cannot be cut or encoded."""
+def _rendered_faces(config: VAERun) -> Iterator[tuple[str, Float[np.ndarray, "T H W 3"]]]:
+    data = config.data
+    key = jax.random.fold_in(jax.random.key(data.seed), data.clips)  # where no chunk of `render_clips` begins
+    render = jax.jit(random_training_frames, static_argnums=(1, 2, 3))
+    videos, _ = render(key, config.samples.records, data.frames, data.size)
+    yield from ((f"face{index}", video) for index, video in enumerate(np.asarray(videos)))
+
+
+def _held_out_videos(
+    source: PixelSource,
+) -> Callable[[], Iterator[tuple[str, Float[np.ndarray, "T H W 3"]]]]:
+    def pictures() -> Iterator[tuple[str, np.ndarray]]:
+        for name, row in held_out_rows(source):
+            yield file_name(name), row["video"].astype(np.float32) / 127.5 - 1.0
+
+    return pictures
+
+
+def held_out_crop(config: ClipsConfig, row: Batch, draw: int) -> Batch:
+    """A crop of a held-out record to measure on: always the same one for the same `draw`."""
+    size = (config.crop_size, config.crop_size)
+    return random_crop(row, np.random.default_rng(draw), size=size, frames=config.crop_frames)
+
+
+def open_pixels(config: VAERun) -> PixelSource | None:
+    """The pictures of real videos in a run's folder; None where it is one for rendered clips.
+
+    Raises UserError where there are none to be read.
+    """
+    folder = Path(config.data.folder)
+    if any((folder / name).is_file() for name in (PREPARED, DATASET)):
+        return PixelSource(folder, skipped_log=Path(config.out) / SKIPPED, held_out=config.samples.records)
+    if config.data.clips:
+        return None
+    raise UserError(
+        f"{folder} has no pictures of videos: prepare them with tools/prepare_data.py --pixels, or say by "
+        "--data.clips how many clips to render"
+    )
+
+
+def check_sizes(config: VAERun, source: PixelSource | None = None) -> None:
+    """Raises UserError for clips or crops that cannot be cut or encoded. `source`: where they are cut from;
+    None: rendered clips."""
     data, latent = config.data, config.model.temporal_factor
     cell = math.lcm(config.model.spatial_factor, CELL)
-    if data.clips < 1:
-        raise UserError(f"--data.clips must be at least 1, not {data.clips}")
-    sizes = {"frames": data.frames, "size": data.size}
-    if data.full_share < 1:  # else there are no crops
-        sizes |= {"crop-frames": data.crop_frames, "crop-size": data.crop_size}
-    for name, value in sizes.items():
+    asked: dict[str, int] = {}
+    if source is None:
+        if data.clips < 0:
+            raise UserError(f"--data.clips must be at least 0, not {data.clips}")
+        asked = there = {"frames": data.frames, "size": data.size}
+    else:
+        there = {"frames": min(frames for frames, *_ in source.sizes), "size": min(source.sides)}
+        if (data.full_share or source.held_out) and any(side % cell for side in source.sides):
+            raise UserError(
+                f"{source.folder} has pictures whose sides are no multiples of {cell} pixels: train on crops "
+                "of them, and show none (--data.full-share 0 --samples.records 0)"
+            )
+    if data.full_share < 1 or (source is not None and source.held_out):  # else there are no crops
+        asked = {**asked, "crop-frames": data.crop_frames, "crop-size": data.crop_size}
+    for name, value in asked.items():
         if name.endswith("frames") and (value < 1 or (value - 1) % latent):
             raise UserError(f"--data.{name} must be 1 + {latent}k, not {value}: the VAE is causal")
         if name.endswith("size") and (value < 1 or value % cell):
             raise UserError(f"--data.{name} must be a multiple of {cell} pixels, not {value}")
-        if value > (whole := sizes[name.removeprefix("crop-")]):
-            raise UserError(f"--data.{name} {value} is larger than the clips, which have {whole}")
+        if value > (most := there[name.removeprefix("crop-")]):
+            raise UserError(f"--data.{name} {value} is larger than the clips, which have {most}")
 
 
-def shared_batches(config: VAERun, mesh: Mesh) -> Batches:
-    """Of `--train.batch` crops, or of as few whole clips as devices and parts can share evenly."""
+def shared_batches(config: VAERun, mesh: Mesh, source: PixelSource | None = None) -> Batches:
+    """Of `--train.batch` crops, or of as few whole clips as devices and parts can share evenly.
+
+    `source`: what they are cut from; None: rendered clips.
+    """
     train = config.train
     whole = batch_shards(mesh) * train.accumulate
-    return clip_batches(config.data, crops=train.batch, whole=whole, workers=train.workers)
+    if source is None:
+        return clip_batches(config.data, crops=train.batch, whole=whole, workers=train.workers)
+    return pixel_batches(source, config.data, crops=train.batch, whole=whole, workers=train.workers)
 
 
 def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
     """Render the clips if needed, then train (or go on with) a VAE in `config.out`, up to step `stop_at`.
 
     Raises UserError."""
-    check_sizes(config)
+    source = open_pixels(config)
+    check_sizes(config, source)
     train = config.train
     mesh = train_mesh(config.mesh, samples=train.batch // train.accumulate)
-    first_process_only(lambda: render_clips(config.data))
+    if source is None:
+        first_process_only(lambda: render_clips(config.data))
 
     def adjust(params: Params) -> Params:
         return gentle_start(params, config.model.latent_channels, jax.random.key(train.seed))
@@ -224,10 +290,12 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
         config=config.optim,
         still=ENCODER if config.loss.decoder_only else (),
     )
-    step_fn = run_step(config, make_loss(compute_in(weights.merge, train.precision), config.loss), optimizer)
+    loss_fn = make_loss(compute_in(weights.merge, train.precision), config.loss)
+    step_fn = run_step(config, loss_fn, optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     release(weights.params)
-    batches = shared_batches(config, mesh)
+    batches = shared_batches(config, mesh, source)
+    crop = functools.partial(held_out_crop, config.data)
     return fit_run(
         config,
         step_fn,
@@ -235,6 +303,7 @@ def train_vae(config: VAERun, *, stop_at: int | None = None) -> TrainState:
         weights.frozen,
         batches,
         mesh,
-        sample=make_sampler(config, lambda state: weights.merge(state.average, weights.frozen)),
+        evaluate=None if source is None else make_evaluator(source, loss_fn, weights.frozen, crop),
+        sample=make_sampler(config, lambda state: weights.merge(state.average, weights.frozen), source),
         stop_at=stop_at,
     )

@@ -13,6 +13,7 @@ from lavatar_jax.data.clip_filters import (
     FilterConfig,
     clip_starts,
     face_crop,
+    face_in_crop,
     judge_faces,
     judge_sound,
     nearest_size,
@@ -99,6 +100,10 @@ def test_the_cut_holds_the_face_and_stays_in_the_picture():
     assert top + height >= FACE.top + FACE.height
     corner = face_crop([Box(0, 0, 60, 60)], (240, 320), (128, 128), CONFIG)
     assert corner[:2] == (0, 0)
+    places = face_in_crop([FACE] * 5, (top, left, height, width))
+    assert places[2] - places[0] == pytest.approx(0.45, abs=0.01)  # `face_height`
+    assert places[1] + places[3] == pytest.approx(1.0, abs=0.02)  # in the middle
+    assert face_in_crop([Box(0, 0, 300, 300)], (100, 100, 50, 50)) == (0.0, 0.0, 1.0, 1.0)
     wide = face_crop([FACE], (240, 320), (64, 128), CONFIG)
     assert wide[3] == 2 * wide[2]
     assert face_crop([Box(100, 80, 30, 30)], (240, 320), (128, 128), CONFIG) == SMALL

@@ -213,7 +213,7 @@ def test_a_folder_where_nothing_can_be_read_is_an_error(prepared: Path, tmp_path
     shutil.copytree(prepared, folder)
     for shard in folder.glob("*.array_record"):
         shard.write_bytes(b"nothing" * 20_000)
-    with pytest.raises(UserError, match=r"nearly all records of the shapes of clip-21"):
+    with pytest.raises(UserError, match=r"nearly all of 23 records are unreadable, such as clip-21"):
         next(record_batches(open_source(folder), batch=1, seed=0))
 
 

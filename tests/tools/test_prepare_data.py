@@ -423,7 +423,10 @@ def test_the_shipped_model_encodes_a_clip(
     from tools.real_clips import Outcome, Piece
 
     pictures = np.stack([np.asarray(Image.fromarray(f).resize((128, 128))) for f in faces[0]])
-    piece = Piece(0, tmp_path / "0.npy", tmp_path / "0.sound.npy", 100.0, -20.0)
+    piece = Piece(
+        start=0, frames=tmp_path / "0.npy", samples=tmp_path / "0.sound.npy", face=100.0, level_db=-20.0,
+        place=(0.25, 0.25, 0.75, 0.75),
+    )  # fmt: skip
     np.save(piece.frames, pictures)
     np.save(piece.samples, speech(FRAMES / 25))
     seen: list[np.ndarray] = []

@@ -107,7 +107,8 @@ def test_a_folder_holds_clips_of_one_seed(
     [
         ({"crop_frames": 9}, r"--data\.crop-frames 9 is larger than the clips, which have 5"),
         ({"crop_size": 40}, r"--data\.crop-size 40 is larger than the clips, which have 32"),
-        ({"clips": 0}, r"--data\.clips must be at least 1"),
+        ({"clips": -1}, r"--data\.clips must be at least 0"),
+        ({"clips": 0}, r"has no pictures of videos: prepare them .* or say by --data\.clips how many"),
         ({"frames": 6}, r"--data\.frames must be 1 \+ 2k, not 6"),
         ({"crop_size": 20}, r"--data\.crop-size must be a multiple of 8 pixels, not 20"),
     ],
@@ -159,9 +160,20 @@ def test_two_processes_and_a_worker_share_the_batches_of_one(data: ClipsConfig):
         halves[1].close()
 
 
+def test_crops_of_a_number_stay_where_they_were():
+    """Else a run that goes on with a new version would see other data."""
+    t, y, x = np.meshgrid(np.arange(25), np.arange(64), np.arange(64), indexing="ij")
+    weight = np.full((25, 16, 16), 16, np.uint8)
+    weight[:, 5:8, 6:10] = 64
+    clip = {"video": np.stack([t, y, x], axis=-1).astype(np.uint8), "weight": weight, "record": np.int32(0)}
+    crops = [random_crop(clip, np.random.default_rng(seed), size=(16, 16), frames=5) for seed in range(6)]
+    corners = [tuple(int(crop["video"][..., i].min()) for i in range(3)) for crop in crops]
+    assert corners == [(17, 12, 16), (9, 24, 0), (17, 8, 36), (17, 4, 28), (15, 32, 40), (14, 40, 24)]
+
+
 def test_an_earlier_checkpoint_goes_on_in_the_order_that_it_had(data: ClipsConfig):
     def kind(size: int, frames: int, batch: int, seed: int) -> grain.IterDataset:
-        crop = functools.partial(random_crop, size=size, frames=frames)
+        crop = functools.partial(random_crop, size=(size, size), frames=frames)
         shuffled = grain.MapDataset.source(ClipSource(data.folder)).seed(seed).shuffle().repeat(1000)
         return shuffled.random_map(crop).to_iter_dataset().batch(batch)
 
