@@ -74,6 +74,9 @@ class Prepare:
     """Frames of each clip, 1 + 4k, that are kept as pictures, for stage 0; records grow much by them."""
     part: str = "1/1"
     """K/N: only the K-th of N shares of the videos; tools/join_data.py joins what N machines made."""
+    work: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where pieces lie as plain pixels while they wait for the encoder, such as a disk of this machine; None:
+    in SHARDS."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) - 1))
     """Processes that decode and filter; 0: none but this one."""
     shard_records: int = 256
@@ -126,6 +129,8 @@ def main(args: list[str]) -> None:
     with ShardWriter(options.out, shard_records=1 << 30) as writer:
         _settle(options.out, settings, begun=bool(writer.rows))
         work = options.out / WORK
+        if options.work is not None:  # a folder of its own, which the next call finds again
+            work = options.work / f"prepare-{zlib.crc32(str(options.out.absolute()).encode()):08x}"
         shutil.rmtree(work, ignore_errors=True)
         book = Book(writer, options.out, sources, limit=options.shard_records)
         if late := book.forget_late():

@@ -28,11 +28,14 @@ from lavatar_jax.data.references import other_light
 from lavatar_jax.errors import UserError
 from lavatar_jax.inference.encode import frame_chunks
 from lavatar_jax.inference.images import size_less_than_area
+from lavatar_jax.inference.sound import SAMPLE_RATE
 from lavatar_jax.models.avatar import AvatarConfig
 from lavatar_jax.models.logmel import log_mel
 from lavatar_jax.models.speech_level import normalise_level
 from lavatar_jax.models.vae import CausalVAE
 from tools.real_clips import Outcome, Piece, where
+
+CAPTIONS = 1000  # whose states are kept, of up to 4 MB each
 
 
 def target_sizes(config: AvatarConfig) -> tuple[tuple[int, int], ...]:
@@ -130,10 +133,11 @@ class ClipEncoder:
         """(first frame in the video at 25 a second, record) of a piece's clips, end to end, without those
         in `done`. Clips without a reference are noted in `outcome`."""
         frames = np.load(piece.frames, mmap_mode="r")
+        starts = clip_starts(len(frames), self.motion_frames, self.clip_frames)
         poses = None if piece.pose is None else np.load(piece.pose, mmap_mode="r")
         features: np.ndarray | None = None
         motion_latents = (self.motion_frames - 1) // self.config.vae.temporal_factor + 1
-        for start in clip_starts(len(frames), self.motion_frames, self.clip_frames):
+        for start in starts:
             name = f"{outcome.name}-{piece.start + start:06d}"
             first, stop = start + self.motion_frames, start + self.motion_frames + self.clip_frames
             away = reference_frame(start, stop, len(frames), name=name, config=self.filters)
@@ -143,7 +147,9 @@ class ClipEncoder:
             if name in done:
                 continue
             if features is None:
-                features = self.hear(np.load(piece.samples), len(frames))
+                # Not what is behind the last clip: the speech encoder compiles anew for every length.
+                heard = starts[-1] + self.motion_frames + self.clip_frames
+                features = self.hear(np.load(piece.samples), len(frames) if self._speech is None else heard)
             latent, spread = _encode(self._vae, frames[start:stop])
             photo = perturbed(frames[away], name, self.other_light)
             reference, _ = _encode(self._vae, photo[None])
@@ -173,7 +179,8 @@ class ClipEncoder:
         return np.concatenate([_encode(self._vae, np.concatenate([part[:1], part]))[0][1:] for part in parts])
 
     def hear(self, samples: np.ndarray, frames: int) -> np.ndarray:
-        """Features [L, A, frames] of the sound of a piece, as a recording is heard when a video is made."""
+        """Features [L, A, frames] of the beginning of a piece's sound, heard as when a video is made."""
+        samples = samples[: frames * SAMPLE_RATE // FPS]
         if self._speech is None:
             features = log_mel(normalise_level(samples), self.config.log_mel)
         else:
@@ -188,6 +195,8 @@ class ClipEncoder:
         if self.config.text is None:
             return None
         if caption not in self._text:
+            if len(self._text) >= CAPTIONS:
+                self._text.clear()
             from lavatar_jax.inference.prompt import PromptTokenizer, encode_prompt
 
             if not hasattr(self, "_reader"):

@@ -90,11 +90,27 @@ def fetch(source: Source, folder: Path, name: str = "video") -> Path:
         with open(source.path, "rb"):
             return source.path
     path = folder / f"{name}{PurePosixPath(source.member).suffix}"
-    with tarfile.open(source.path) as tar, open(path, "wb") as file:
-        stream = tar.extractfile(source.member)
+    with open(path, "wb") as file:
+        stream = _open_tar(source.path).extractfile(source.member)
         assert stream is not None  # a file: `find_sources`
         shutil.copyfileobj(stream, file)
     return path
+
+
+_opened: tuple[Path, tuple[int, int] | None, tarfile.TarFile] | None = None
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    """The tar that was read last stays open: to find a member, a new one would read all headers again."""
+    global _opened
+    stamp = _stamp(path)
+    if _opened is not None and _opened[:2] == (path, stamp):
+        return _opened[2]
+    if _opened is not None:
+        _opened[2].close()
+        _opened = None
+    _opened = path, stamp, tarfile.open(path)  # noqa: SIM115 - see above
+    return _opened[2]
 
 
 def _caption_name(member: str) -> str:
@@ -108,10 +124,9 @@ def read_caption(source: Source) -> tuple[str, str | None]:
     if source.member is None:
         data = source.path.with_suffix(".txt").read_bytes()
     else:
-        with tarfile.open(source.path) as tar:
-            stream = tar.extractfile(_caption_name(source.member))
-            assert stream is not None  # a file: `find_sources`
-            data = stream.read()
+        stream = _open_tar(source.path).extractfile(_caption_name(source.member))
+        assert stream is not None  # a file: `find_sources`
+        data = stream.read()
     try:
         return " ".join(data.decode("utf-8-sig").split()) or DEFAULT_CAPTION, None
     except UnicodeDecodeError:
