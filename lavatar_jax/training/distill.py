@@ -32,7 +32,7 @@ from lavatar_jax.training.samples import make_sampler, make_stream_evaluator
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
 from lavatar_jax.training.state import Params, release, split_model
-from lavatar_jax.training.weights import LoraConfig, abstract_weights, initial_weights
+from lavatar_jax.training.weights import LoraConfig, abstract_weights, fresh_adapters, initial_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,9 +148,8 @@ def starting_weights(config: DistillRun, mesh: Mesh) -> tuple[Params, Params, Pa
         return student.params, teacher.params, teacher.params
     if config.teacher is not None:
         raise UserError("with adapters the teacher is the model that they are on: leave --teacher out")
-    fresh = dataclasses.replace(config.lora, init=None)
-    critic = initial_weights(config.make, mesh, init=config.init, seed=seed + 1, adapters=fresh)
-    return student.params, critic.params, student.frozen
+    critic = fresh_adapters(config.make, mesh, seed=seed + 1, adapters=config.lora)
+    return student.params, critic, student.frozen
 
 
 def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:

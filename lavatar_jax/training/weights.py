@@ -7,6 +7,7 @@ that is split.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -115,6 +116,18 @@ def initial_weights(
     return Weights(params, {name: values[name] for name in abstract.frozen}, abstract.merge)
 
 
+def fresh_adapters(make: Make[Model], mesh: Mesh, *, seed: int, adapters: LoraConfig) -> Params:
+    """Adapters as they are before the first step, split over `mesh`, without the weights that they are on."""
+    wanted = abstract_weights(make, adapters, seed).params
+    build = _builder(make, adapters, seed)
+
+    def settle() -> Params:
+        fresh = param_paths(build())  # of which what is not returned is never computed
+        return {name: fresh[name].astype(leaf.dtype) for name, leaf in wanted.items()}
+
+    return jax.jit(settle, out_shardings=state_shardings(wanted, mesh))()
+
+
 def _builder(make: Make[Model], adapters: LoraConfig, seed: int) -> Callable[[], Model]:
     def build() -> Model:
         model = make(nnx.Rngs(seed))
@@ -154,7 +167,7 @@ def _read(
 def _read_adapters(place: str, wanted: LoraConfig) -> Params:
     """Of a run, or those that a converted folder keeps, as they are at the factor alpha / r of `wanted`."""
     if not is_converted(Path(place)):
-        return read_average(Path(place))
+        return _scaled(read_average(Path(place)), _scale_of_run(Path(place)), wanted)
     kept = read_manifest(Path(place)).lora
     if kept is None or kept["merged"]:
         raise UserError(
@@ -171,7 +184,21 @@ def _read_adapters(place: str, wanted: LoraConfig) -> Params:
             f"--lora.init {place} has adapters of rank {min(ranks)}: give --lora.rank {min(ranks)}"
         )
     found = restore_leaves(Path(place) / "dit", leaves)
-    factor = kept["scale"] / (wanted.alpha / wanted.rank)
+    return _scaled(found, kept["scale"], wanted)
+
+
+def _scale_of_run(run: Path) -> float | None:
+    """The factor alpha / r of a run's adapters; None where it does not tell."""
+    path = run / "config.json"
+    told = json.loads(path.read_text()).get("lora", {}) if path.is_file() else {}
+    return told["alpha"] / told["rank"] if told.get("rank") else None
+
+
+def _scaled(found: Params, scale: float | None, wanted: LoraConfig) -> Params:
+    """Adapters that say at the factor of `wanted` what they said at `scale` (None: the same)."""
+    factor = 1.0 if scale is None else scale / (wanted.alpha / wanted.rank)
+    if factor == 1.0:
+        return found
     return {name: factor * leaf if name.endswith(".b") else leaf for name, leaf in found.items()}
 
 

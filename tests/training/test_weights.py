@@ -1,5 +1,6 @@
 """What a run starts from: every weight of the model that `init` names, or a refusal."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.models.vae import make_vae
 from lavatar_jax.training import weights
 from lavatar_jax.training.latents import load_vae
-from lavatar_jax.training.weights import LoraConfig, initial_weights
+from lavatar_jax.training.weights import LoraConfig, abstract_weights, fresh_adapters, initial_weights
 from tests.tiny import random_dit, tiny_config
 from tests.training.toy_run import mesh_of
 
@@ -83,3 +84,23 @@ def test_a_model_without_some_weights_is_refused(tmp_path: Path, monkeypatch: py
     init = folder_with({"head": random_dit(CONFIG).head}, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"holds weights of another model \(\d+ differences, first: aud"):
         initial_weights(make, mesh_of(1, 1, 1), init=init, seed=0)
+
+
+def test_fresh_adapters_are_those_of_a_run_without_its_base():
+    adapters = LoraConfig(rank=2, alpha=4.0)
+    expected = initial_weights(make, mesh_of(1, 1, 1), init=None, seed=3, adapters=adapters).params
+    found = fresh_adapters(make, mesh_of(1, 2, 1), seed=3, adapters=adapters)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_adapters_of_a_run_say_the_same_at_another_alpha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ours = LoraConfig(rank=2, alpha=4.0)
+    stored = {name: jnp.ones(leaf.shape) for name, leaf in abstract_weights(make, ours).params.items()}
+    monkeypatch.setattr(weights, "read_average", lambda run: stored)
+    (tmp_path / "config.json").write_text('{"lora": {"rank": 2, "alpha": 12.0}}')
+    adapters = dataclasses.replace(ours, init=str(tmp_path))
+    params = initial_weights(make, mesh_of(1, 1, 1), init=None, seed=0, adapters=adapters).params
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, 3.0 if name.endswith(".b") else 1.0)
