@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lavatar_jax.cli import configure_jax, parse_options, run
+from lavatar_jax.cli import configure_jax, parse_options, run, share_compiled
 from lavatar_jax.errors import UserError
 
 USAGE = (
@@ -79,11 +79,20 @@ def main(arguments: list[str]) -> None:
         print(plan_text(config, subject(config), counts=plan.plan_devices, gpu=plan.plan_gpu.lower()))
         return
 
-    from lavatar_jax.training.distributed import initialize
+    import jax
+
+    from lavatar_jax.training.distributed import initialize, is_out_of_memory, no_room
     from lavatar_jax.training.stages import train
 
     initialize(config.distributed)
-    train(config)
+    if jax.process_count() > 1:
+        share_compiled(Path(config.out))
+    try:
+        train(config)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            raise no_room(error) from None
+        raise
 
 
 if __name__ == "__main__":

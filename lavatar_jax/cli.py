@@ -71,11 +71,24 @@ def run(main: Callable[[], int | None]) -> int:
     return code or 0
 
 
+def _home_cache() -> str:
+    return str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lavatar_jax" / "xla")
+
+
+def share_compiled(folder: Path) -> None:
+    """Keep what several processes compile in `folder`, which all of them see, unless the environment says
+    where. In homes of their own only the first process would find its programs again, and the others, while
+    they compile, would wait for what it has no need to work out."""
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == _home_cache():
+        jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+
+
 def configure_jax() -> None:
     """Lets jax keep compiled programs on disk, for faster starts, and take as much of a GPU's memory as plans
     count on (by itself it takes 0.75); to be called before jax is imported. The environment goes first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lavatar_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _home_cache())
     # Small programs too: there are many, and a second start should wait for none of them.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # evaluation.devices.USABLE_MEMORY

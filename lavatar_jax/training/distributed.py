@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -33,12 +34,14 @@ class DistributedConfig:
     """Who trains together. Tasks of one SLURM step find each other; others need the first three options.
 
     A process computes on all devices that it sees; of several SLURM tasks on a machine each takes one GPU.
-    `coordinator`: host:port of process 0. `heartbeat`: seconds until a silent process counts as lost.
+    `coordinator`: host:port of process 0. `join`: seconds to wait until all have come; `heartbeat`: until a
+    silent process counts as lost.
     """
 
     coordinator: str | None = None
     processes: int | None = None
     process_id: int | None = None
+    join: int = 300
     heartbeat: int = 60
 
 
@@ -61,11 +64,12 @@ def initialize(config: DistributedConfig) -> None:
         }
     elif _slurm("NUM_TASKS") == 1:
         return
-    if _has_machine_alone():  # jax would take it for one of several tasks there, and show it one GPU
+    if _takes_all_it_sees():  # jax would take it for one of several tasks there, and show it one GPU
         options["local_device_ids"] = []  # no choice: all
     try:
         jax.distributed.initialize(
             **options,
+            initialization_timeout=config.join,
             heartbeat_timeout_seconds=config.heartbeat,
             shutdown_timeout_seconds=config.heartbeat,  # a process that failed must not keep the others
         )
@@ -78,10 +82,13 @@ def _slurm(name: str) -> int:
     return int(os.environ.get(f"SLURM_STEP_{name}", "1"))
 
 
-def _has_machine_alone() -> bool:
-    """Whether this is a SLURM task with no other beside it, and nobody said which devices it takes."""
-    alone = "SLURM_JOB_ID" in os.environ and _slurm("NUM_TASKS") <= _slurm("NUM_NODES")
-    return alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+def _takes_all_it_sees() -> bool:
+    """Whether this is a SLURM task with no other beside it, or SLURM shows it one GPU only (as with
+    --gpus-per-task=1), and nobody said which devices it takes."""
+    if "SLURM_JOB_ID" not in os.environ or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return False
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return _slurm("NUM_TASKS") <= _slurm("NUM_NODES") or (len(visible.split(",")) == 1 and visible != "")
 
 
 class Agreement:
@@ -112,20 +119,25 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
     """
     once = threading.Lock()
 
-    def end(reason: str) -> None:
+    def end(reason: str, code: int = LOST) -> None:
         once.acquire()  # never released: whoever comes second waits for the end
         print(
-            f"error: process {jax.process_index()} ends at step {step()}: another process of this run has "
-            f"ended or cannot be reached ({reason}). Start the same command again: it goes on from the last "
-            "checkpoint",
+            f"error: process {jax.process_index()} ends at step {step()}: {reason}",
             file=sys.stderr,
             flush=True,
         )
         sys.stdout.flush()
-        os._exit(LOST)
+        os._exit(code)
+
+    def end_alone(what: str) -> None:
+        end(
+            f"another process of this run has ended or cannot be reached ({what}). Start the same command "
+            "again: it goes on from the last checkpoint"
+        )
 
     alone = jax.process_count() == 1
-    lost = contextlib.nullcontext() if alone else _instead_of_aborting(lambda: end("jax aborted, see above"))
+    aborted = functools.partial(end_alone, "jax aborted, see above")
+    lost = contextlib.nullcontext() if alone else _instead_of_aborting(aborted)
     try:
         with lost:
             yield
@@ -134,9 +146,11 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
     except Exception as error:
         if alone:
             raise
+        if is_out_of_memory(error):  # starting again would not help
+            end(str(no_room(error)), code=2)
         if not isinstance(error, jax.errors.JaxRuntimeError):  # perhaps it is this process that is wrong
             traceback.print_exc()
-        end(first_line(error))
+        end_alone(first_line(error))
 
 
 @contextlib.contextmanager
@@ -151,6 +165,19 @@ def _instead_of_aborting(end: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         libc.signal(signal.SIGABRT, before)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room for an array or a program."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def no_room(error: Exception) -> UserError:
+    """What to do about such an error."""
+    return UserError(
+        f"the devices have no room for this ({first_line(error)}): see --plan; try more --train.accumulate, "
+        "--mesh.fsdp or --mesh.tensor, or --train.remat full"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import train
+from lavatar_jax import cli
 from lavatar_jax.checkpoints.runs import CheckpointConfig
+from lavatar_jax.errors import UserError
+from lavatar_jax.training import stages
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.run import Run
 from tests.training.finished_run import write_run
@@ -24,6 +29,7 @@ import jax
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 print(f"{jax.process_index()} of {jax.process_count()} sees {CUDA_VISIBLE_DEVICES.value}")
 """
+ROOT = Path(__file__).parents[2]
 FIRST_PORT = 65536 - 4096  # of those that jax takes the one from that the job's number says
 
 
@@ -69,6 +75,41 @@ def ask_two_tasks(*, nodes: int, explicit: bool = False) -> list[str]:
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_task_that_has_a_machine_for_itself_takes_all_of_its_gpus(explicit: bool) -> None:
     assert ask_two_tasks(nodes=2, explicit=explicit) == ["0 of 2 sees all", "1 of 2 sees all"]
+
+
+def test_tasks_that_are_shown_one_gpu_each_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by --gpus-per-task=1: jax would look for the second one in the second task."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert ask_two_tasks(nodes=1) == ["0 of 2 sees all", "1 of 2 sees all"]
+
+
+def test_programs_of_several_processes_are_kept_where_all_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: told.append(setting))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli.configure_jax()
+    cli.share_compiled(tmp_path)
+    assert told == [("jax_compilation_cache_dir", str(tmp_path / "compiled"))]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somebody/said/so")
+    cli.configure_jax()
+    cli.share_compiled(tmp_path)
+    assert len(told) == 1
+
+
+def test_a_device_without_room_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(config: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 91 GB\nmore lines")
+
+    monkeypatch.setattr(stages, "train", explode)
+    arguments = [str(ROOT / "configs" / "tiny_vae.py"), "--out", str(tmp_path)]
+    with pytest.raises(
+        UserError, match=r"no room for this \(RESOURCE_EXHAUSTED.* 91 GB\): see --plan; try more"
+    ):
+        train.main(arguments)
 
 
 def test_tasks_that_share_a_machine_take_a_gpu_each() -> None:
