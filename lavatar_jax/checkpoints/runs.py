@@ -103,13 +103,22 @@ class RunCheckpoints:
         )
         self.manager.save(step, args=arguments, metrics=dict(metrics) if metrics else None)
 
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, as the first process sees it: others, on a file system that is
+        shared, may still see an earlier one. All must call it."""
+        found = self.manager.latest_step()
+        if jax.process_count() == 1:
+            return found
+        told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+        return None if told < 0 else told
+
     def restore(self, state: State) -> tuple[State, dict[str, Any] | None]:
         """The newest checkpoint in the form of `state`, or `state` itself and None when there is none.
 
         Arrays come back with the shardings of those in `state` (which may be abstract), whatever mesh they
         were saved from. Raises UserError when names or shapes differ.
         """
-        step = self.manager.latest_step()
+        step = self.newest()
         if step is None:
             return state, None
         expected = flatten_names(state)

@@ -120,7 +120,9 @@ def _place_of_grain(state: dict[str, Any]) -> int:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and never touches an accelerator."""
+    """A worker leaves Ctrl-C and SIGTERM, which may be sent to all processes of a job, to its parent, which
+    ends it when all is saved; and it never touches an accelerator."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

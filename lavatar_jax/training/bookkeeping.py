@@ -147,7 +147,8 @@ class Bookkeeping:
         else:
             self._window.append(metrics)
         if flight.step % self.config.log_every == 0 and self._window:
-            self.log.steps(flight.step, self.done, self._summary(flight.rate))
+            done = self.config.progress(flight.step, self.seconds)
+            self.log.steps(flight.step, done, self._summary(flight.rate))
             self._window, self._times, self._samples = [], [], []
 
     def _judge(self, flight: Flight, metrics: dict[str, Any]) -> str | None:

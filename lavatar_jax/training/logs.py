@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 import math
@@ -97,6 +98,10 @@ class RunLog:
         speed = f"  {rate:.3g} samples/s" if (rate := numbers.get("samples_per_second")) else ""
         status = f"loss {numbers['loss']:.4f}{speed}{mfu}"
         self._bar.update(self._task, completed=done, step=step, status=status)
+        if not self._bar.console.is_terminal:  # a file, where a bar shows nothing before it ends
+            left = self._bar.tasks[0].time_remaining
+            eta = "" if left is None else f"  {datetime.timedelta(seconds=round(left))} left"
+            self.say(f"step {step} ({100 * done:.1f} %)  {status}{eta}")
 
     def compiled(self, step: int, seconds: float, program: jax.stages.Compiled, devices: int) -> None:
         """That a program for the step after `step` was compiled, and the memory that it needs on each device:

@@ -103,8 +103,9 @@ def check_batch(config: LoopConfig, mesh: Mesh) -> None:
 
 def _devices(mesh: Mesh) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
     return (
-        f"training on {mesh.size} of {jax.device_count()} devices ({shape}); "
+        f"training on {mesh.size} of {jax.device_count()} devices, {kind} ({shape}); "
         f"{jax.local_device_count()} in this process, processes: {jax.process_count()}"
     )
 
@@ -165,7 +166,7 @@ def fit(
     checkpoints = RunCheckpoints(out / "checkpoints", checkpoint)
     shardings = state_shardings(state, mesh)
     state, place = put_tree(state, shardings), None
-    if checkpoints.manager.latest_step() is not None:
+    if checkpoints.newest() is not None:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
@@ -174,8 +175,8 @@ def fit(
     if place is not None:
         batches.set_state(place)
     if best is not None and evaluate is not None and best not in (numbers := evaluate(state)):
-        measured = ", ".join(numbers) or "nothing"
-        raise UserError(f"--checkpoint.best {best}: no such number is measured, only {measured}")
+        names = ", ".join(numbers) or "nothing"
+        raise UserError(f"--checkpoint.best {best}: no such number is measured, only {names}")
     if accepted is not None:
         accepted()
     frozen = put_tree(frozen, state_shardings(frozen, mesh))
@@ -197,6 +198,28 @@ def fit(
             run.log.compiled(run.step, time.perf_counter() - begun, programs[kind], mesh.size)
         return programs[kind]
 
+    @contextlib.contextmanager
+    def worth_less_than_training(what: str) -> Iterator[None]:
+        """What fails here is told: there may be no memory for it."""
+        try:
+            yield
+        except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
+            run.log.say(f"no {what} at step {run.step}: {first_line(error)}")
+
+    def measured(state: State) -> dict[str, float] | None:
+        numbers = None
+        if evaluate is not None:
+            with worth_less_than_training("measurement"):
+                numbers = evaluate(state)
+        if numbers is not None:
+            run.log.evaluation(run.step, run.seconds, numbers)
+        return numbers
+
+    def told_to_stop() -> bool:
+        """By a signal: several processes agree on a step, which takes some; one by itself stops at once."""
+        run.stopping = run.stopping or (agree.alone and interrupted.is_set())
+        return run.stopping
+
     def save() -> None:
         nonlocal saved_step, sampled_at
         saved_step = run.step
@@ -204,25 +227,22 @@ def fit(
         with jax.transfer_guard("allow"), sharded_training(None), run.paused():
             whole = dataclasses.replace(state, seconds=put_everywhere(np.float32(run.seconds), mesh))
             run.log.saving(run.step, run.done)
+            data = {**batches.get_state(), "of": config.batch}
             if best is None:  # first of all
-                checkpoints.save(whole, batches.get_state(), None)
-            numbers = evaluate(whole) if evaluate is not None else None
-            if numbers is not None:
-                run.log.evaluation(run.step, run.seconds, numbers)
+                checkpoints.save(whole, data, None)
+            numbers = None if run.stopping else measured(whole)
             if best is not None:
-                checkpoints.save(whole, batches.get_state(), numbers)
+                checkpoints.save(whole, data, numbers)
             if best is not None and best not in (numbers or {}):  # as where records can no longer be read
                 run.log.say(f"{best} was not measured at step {run.step}, which cannot be the best")
-            if sample is not None and (run.done >= 1.0 or run.seconds >= sampled_at + sample_every):
+            due = run.done >= 1.0 or run.seconds >= sampled_at + sample_every
+            if sample is not None and due and not run.stopping:
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
                 with contextlib.suppress(OSError):  # all processes must come to `sample`; it will say so
                     folder.mkdir(parents=True, exist_ok=True)
-                try:
+                with worth_less_than_training("samples"):
                     sample(whole, folder)
-                # Training is worth more than its pictures; there may be no memory for them.
-                except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
-                    run.log.say(f"no samples at step {run.step}: {first_line(error)}")
             run.log.report()
 
     with (
@@ -233,7 +253,12 @@ def fit(
         jax.transfer_guard("disallow"),
     ):
         run.log.say(_devices(mesh))
-        while run.done < 1.0 and not run.stopping and run.step != stop_at:
+        if place is not None and place.get("of", config.batch) != config.batch:
+            run.log.say(
+                f"note: the data goes on after as many batches as before, of {place['of']} samples then and "
+                f"{config.batch} now: some are repeated or left out"
+            )
+        while run.done < 1.0 and not told_to_stop() and run.step != stop_at:
             batch = next(batches)
             rate = config.learning_rate * schedule(run.done, warmup=config.warmup, kind=optim_schedule)
             run.log.profile(run.step)

@@ -74,6 +74,8 @@ def fit_run(
     Raises UserError where another process trains in its folder, and where it would go on with other frozen
     weights than it began with.
     """
+    if not run.samples.every:
+        options["sample"] = None
     with contextlib.ExitStack() as held:
         first_process_only(lambda: held.enter_context(lock_folder(Path(run.out))))
         if jax.tree.leaves(frozen) and result_step(Path(run.out)) is not None:

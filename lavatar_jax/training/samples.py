@@ -42,7 +42,8 @@ DRAWS = 8  # of noise and its levels, for each record
 class SamplesConfig:
     """`records`: so many, the last of the data, are not trained on but shown in the report; 0: none. Nor is
     the rest of the videos that they are of.
-    `every`: seconds of training between two looks, at the checkpoint that follows."""
+    `every`: seconds of training between two looks, at the checkpoint that follows; 0: they are measured, but
+    never shown."""
 
     records: int = 0
     every: float = 900.0

@@ -146,7 +146,10 @@ def test_transfers_that_nobody_asked_for_are_refused(tmp_path: Path):
 def test_a_run_says_what_it_computes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     train(tmp_path, 1, mesh_of(2, 1, 1))
     said = " ".join(capsys.readouterr().out.split())
-    assert "training on 2 of 9 devices (data 2 x fsdp 1 x tensor 1); 9 in this process, processes: 1" in said
+    assert (
+        "training on 2 of 9 devices, cpu (data 2 x fsdp 1 x tensor 1); 9 in this process, processes: 1"
+        in said
+    )
 
 
 def test_a_batch_is_put_as_it_is():

@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +72,52 @@ def test_the_loop_learns_logs_and_leaves_an_average(tmp_path: Path):
     average = read_average(tmp_path)
     assert sorted(average) == ["bias", "weight"]
     assert average["weight"].shape == (4, 3)
+
+
+def test_a_signal_ends_a_process_by_itself_after_the_step_that_runs(tmp_path: Path):
+    class Interrupting(Batches):
+        def __next__(self):
+            if self.get_state()["batch"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    state, step = setup()
+    feed = batches()
+    feed.__class__ = Interrupting
+    with pytest.raises(KeyboardInterrupt):
+        fit(step, state, {}, feed, CONFIG, tmp_path, evaluate=lambda state: pytest.fail("time is short"))
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_a_measurement_without_room_is_told_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def evaluate(state):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 48 GB")
+
+    state, step = setup()
+    assert int(fit(step, state, {}, batches(), CONFIG, tmp_path, evaluate=evaluate).step) == 12
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no measurement at step 12: RESOURCE_EXHAUSTED: Out of memory" in said
+
+
+def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    state, step = setup()
+    fit(step, state, {}, batches(), CONFIG, tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [line.split("  ")[0] for line in lines] == ["step 4 (33.3 %)", "step 8 (66.7 %)", "step 12 (100.0 %)"]
+
+
+def test_another_batch_size_of_a_run_that_goes_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state, step = setup()
+    fit(step, state, {}, batches(), CONFIG, tmp_path, stop_at=5)
+    assert "note" not in capsys.readouterr().out
+    fit(step, setup()[0], {}, batches(), dataclasses.replace(CONFIG, batch=2), tmp_path, stop_at=6)
+    assert "as many batches as before, of 4 samples then and 2 now" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
