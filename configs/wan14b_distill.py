@@ -57,5 +57,5 @@ def get_config() -> DistillRun:
         optim=OptimConfig(kind="adamw", betas=(0.0, 0.999), clip=10.0, schedule="constant"),
         critic_optim=OptimConfig(kind="adamw", betas=(0.0, 0.999), clip=10.0, schedule="constant"),
         mesh=MeshConfig(fsdp=4, tensor=2),
-        checkpoint=CheckpointConfig(keep=3),
+        checkpoint=CheckpointConfig(keep=3, every=250),
     )

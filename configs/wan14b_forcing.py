@@ -14,12 +14,13 @@ from lavatar_jax.training.diffusion_forcing import DiTRun, ForcingConfig
 from lavatar_jax.training.latents import LatentsConfig
 from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.weights import LoraConfig
 
 MODEL = DiTConfig(attention="chunked")
 DATA = LatentsConfig(
     folder="shards",
-    vae="Wan2.2-S2V-14B-jax",  # for samples, where --samples.records asks for them
+    vae="Wan2.2-S2V-14B-jax",  # for samples, where they are asked for
     clips=0,
     text_len=MODEL.text_len,
     text_dim=MODEL.text_dim,
@@ -37,6 +38,7 @@ def get_config() -> DiTRun:
         # one that has time to see all combinations.
         loss=ForcingConfig(audio_dropout=0.15, mouth_weight=1.0, same_level_clips=0.0, clean_clips=0.0),
         lora=LoraConfig(rank=128, alpha=64.0, base="bfloat16"),
+        samples=SamplesConfig(records=8, every=0.0),  # measured; to stream them takes 48 GB on a device
         train=LoopConfig(
             steps=25_000,
             learning_rate=1e-5,
@@ -50,5 +52,5 @@ def get_config() -> DiTRun:
         ),
         optim=OptimConfig(kind="adamw", betas=(0.9, 0.999), schedule="constant"),
         mesh=MeshConfig(fsdp=8),
-        checkpoint=CheckpointConfig(keep=3),
+        checkpoint=CheckpointConfig(keep=3, every=2_500),
     )
