@@ -101,6 +101,8 @@ class RunCheckpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(flatten_names(state)), data=ocp.args.JsonSave(_of_all_processes(data))
         )
+        if self.config.best is not None:  # orbax wants to hear of it always
+            metrics = {self.config.best: np.nan, **(metrics or {})}
         self.manager.save(step, args=arguments, metrics=dict(metrics) if metrics else None)
 
     def newest(self) -> int | None:

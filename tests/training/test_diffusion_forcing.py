@@ -227,13 +227,14 @@ def test_the_command_trains_stops_at_a_signal_and_goes_on(
 
     def interrupt(self: RunLog, line: str) -> None:
         say(self, line)
-        os.kill(os.getpid(), signal.SIGTERM)  # before step 1: it lands when step 2 is on its way
+        if line.startswith("step 2"):
+            os.kill(os.getpid(), signal.SIGTERM)  # when step 3 is on its way
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "say", interrupt)
         with pytest.raises(KeyboardInterrupt):
             main([str(config), "--out", str(parts)])
-    assert result_step(parts) == 2
+    assert result_step(parts) == 3
     main([str(config), "--out", str(parts)])
     steps = [json.loads(line).get("step") for line in (parts / LOG).read_text().splitlines()]
     assert [step for step in steps if step] == [1, 2, 3, 4], "nothing was done twice"

@@ -107,7 +107,11 @@ def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
     state, step = setup()
     fit(step, state, {}, batches(), CONFIG, tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert [line.split("  ")[0] for line in lines] == ["step 4 (33.3 %)", "step 8 (66.7 %)", "step 12 (100.0 %)"]
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 4 (33.3 %)",
+        "step 8 (66.7 %)",
+        "step 12 (100.0 %)",
+    ]
 
 
 def test_another_batch_size_of_a_run_that_goes_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
