@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lavatar_jax.config import DiTConfig
+from lavatar_jax.models.attention import block_ranges
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -136,21 +137,28 @@ class StreamShape:
         return 4 * (latent * (1 + c.use_pose) + audio + tables)
 
 
-def clip_flops(config: DiTConfig, frames: int, height: int, width: int, *, motion: bool = False) -> float:
-    """FLOP of one forward of a whole clip with its reference, as in training: every token attends to all.
+def clip_flops(
+    config: DiTConfig, frames: int, height: int, width: int, *, motion: bool = False, causal: bool = True
+) -> float:
+    """FLOP of one forward of a whole clip with its reference, as in training.
 
-    `frames`, `height`, `width`: of the latent. Masked products count too: they are computed.
+    `frames`, `height`, `width`: of the latent. `causal`: a block attends to those before it, itself and the
+    conditions, else every token to all.
     """
     c, d = config, config.width
     shape = StreamShape(config=config, height=height, width=width, motion=motion)
     noisy = frames * shape.tokens_per_frame
     tokens, text, heard = noisy + shape.sink, c.text_len, frames * (c.audio_tokens + 1)
-    layer = 12 * tokens * d**2 + 4 * text * d**2 + 4 * tokens * d * (tokens + text + c.ffn_width)
+    pairs = tokens * tokens
+    if causal:
+        blocks = block_ranges(noisy, shape.queries)
+        pairs = shape.sink**2 + sum((stop - first) * (stop + shape.sink) for first, stop in blocks)
+    layer = 12 * tokens * d**2 + 4 * text * d**2 + 4 * d * (pairs + tokens * (text + c.ffn_width))
     injector = 4 * noisy * d**2 + 4 * heard * d**2 + 4 * noisy * (c.audio_tokens + 1) * d
     injector += 4 * frames * d**2
-    ends = 2 * (2 * noisy + shape.sink) * c.patch**2 * c.latent_channels * d
-    ends += 2 * text * (c.text_dim * d + d**2) + 2 * (frames + 1) * (c.freq_dim * d + 7 * d**2)
-    return c.layers * layer + len(c.inject_layers) * injector + ends
+    outside = 2 * (2 * noisy + shape.sink) * c.patch**2 * c.latent_channels * d
+    outside += 2 * text * (c.text_dim * d + d**2) + 2 * (frames + 1) * (c.freq_dim * d + 7 * d**2)
+    return c.layers * layer + len(c.inject_layers) * injector + outside
 
 
 def step_flops(forward: float, *, lora: bool) -> float:

@@ -104,6 +104,47 @@ def dot_product_attention(
     )
 
 
+def block_ranges(tokens: int, block: int) -> list[tuple[int, int]]:
+    """First token and end of every block; the last one may be short."""
+    return [(first, min(first + block, tokens)) for first in range(0, tokens, block)]
+
+
+def block_causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    *,
+    noisy: int,
+    block: int,
+    there: Int[Array, ""] | int,
+    implementation: AttentionKind = "xla",
+) -> Float[Array, "B T N H"]:
+    """Attention of the sequence noisy | condition tokens as `dit_forward.block_causal_mask` has it, without
+    what it masks: each block of `block` tokens attends by itself to all before it, itself, and conditions.
+
+    Without a mask flash kernels can serve it, and half of the products are not computed. Only the first
+    `there` condition tokens count; where none do they see each other, which nobody sees.
+    """
+    cond = k.shape[1] - noisy
+
+    def attend(first: int, stop: int, keys: int, length: Array | int) -> Array:
+        k_seen, v_seen = (jnp.concatenate([x[:, :keys], x[:, noisy:]], axis=1) for x in (k, v))
+        known = isinstance(length, int) and length == keys + cond
+        return dot_product_attention(
+            q[:, first:stop],
+            k_seen,
+            v_seen,
+            length=None if known else length,
+            implementation=implementation,
+        )
+
+    parts = [attend(first, stop, stop, stop + there) for first, stop in block_ranges(noisy, block)]
+    if cond:
+        among = there if isinstance(there, int) else jnp.where(there > 0, there, cond)
+        parts.append(attend(noisy, noisy + cond, 0, among))
+    return jnp.concatenate(parts, axis=1)
+
+
 def flash_serves(q: Float[Array, "B T N H"], mask: Array | None = None, device: Any = None) -> bool:
     """Whether cuDNN's flash kernel can attend with `q` and `mask` on `device` (None: the default backend's).
 

@@ -8,6 +8,8 @@ float32. Times are `embed_time(timestep_sinusoid(t))`, one row per latent frame;
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,7 +19,14 @@ from jaxtyping import Array, Bool, Float
 
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.models import rope as rp
-from lavatar_jax.models.attention import KV, RingCache, RingSlot, dot_product_attention, ring_attention
+from lavatar_jax.models.attention import (
+    KV,
+    RingCache,
+    RingSlot,
+    block_causal_attention,
+    dot_product_attention,
+    ring_attention,
+)
 from lavatar_jax.models.audio_encoder import AudioTokens, encode_audio
 from lavatar_jax.models.dit import (
     CausalDiT,
@@ -31,6 +40,7 @@ from lavatar_jax.models.dit import (
 from lavatar_jax.models.rope import Rope, apply_rope
 
 DropMotion = Literal["none", "all", "part"]
+Attend = Callable[..., Float[Array, "B T N H"]]  # (q, k, v, implementation=...)
 
 
 def cond_tokens(config: DiTConfig, height: int, width: int, *, motion: bool) -> int:
@@ -204,6 +214,7 @@ def train_forward(
     rope: Rope | None = None,
     drop_motion: DropMotion = "none",
     blockwise_audio: bool = False,
+    without: Bool[Array, " 2"] | None = None,
     mask: Bool[Any, "T T"] | None = None,
     remat: Remat = "none",
 ) -> Float[Array, "B F H W C"]:
@@ -212,7 +223,9 @@ def train_forward(
     Reference behaviour 3.9. `audio`: tokens, or features [B, P speakers, L, A, 4 F], which are encoded as
     one stretch, or with `blockwise_audio` block by block, as streaming does. `rope` defaults to a clip
     that starts at frame 0 with the reference at 30 (see `train_rope`; it may also be traced).
-    `mask` [T, T] replaces the block-causal one, over noisy | reference | motion tokens.
+    `without`: whether there are no reference and no motion tokens, which may be known only in the program.
+    `mask` [T, T]: who attends to whom instead, over noisy | reference | motion tokens; for checks, as all
+    products are computed.
     """
     config = model.config
     frames, height, width = latent_BFHWC.shape[1:4]
@@ -233,13 +246,23 @@ def train_forward(
             kept = np.ones((table.cos.shape[0], 1), np.float32)
             kept[first : first + dropped] = 0
             table = Rope(table.cos * kept, table.sin * kept)
-    noisy = x.shape[1]
+    noisy, reference = (part.shape[1] for part in sequence_parts[:2])
+    cond = sum(part.shape[1] for part in sequence_parts[1:])
+    there: Array | int = cond
+    if without is not None:  # those that are there come first
+        first = jnp.where(without[0], reference, 0)
+        sequence_parts[1:] = [jnp.roll(jnp.concatenate(sequence_parts[1:], axis=1), -first, axis=1)]
+        table = jax.tree.map(lambda x: jnp.concatenate([x[:noisy], jnp.roll(x[noisy:], -first, 0)]), table)
+        there = jnp.sum(jnp.where(without, 0, jnp.array([reference, cond - reference])))
     x = jnp.concatenate(sequence_parts, axis=1)
-    sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
-    if mask is None:
-        mask = block_causal_mask(*sequence, config.block_frames)
+    sequence = Sequence(frames, noisy // frames, cond)
+    attend: Attend = functools.partial(
+        block_causal_attention, noisy=noisy, block=config.block_frames * noisy // frames, there=there
+    )
+    if mask is not None:
+        attend = functools.partial(dot_product_attention, mask=mask)
     return _one_pass(
-        model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, mask, latent_BFHWC, remat
+        model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, attend, latent_BFHWC, remat
     )
 
 
@@ -273,7 +296,9 @@ def teacher_forward(
     sequence = Sequence(frames, noisy // frames, x.shape[1] - noisy)
     xp = np if isinstance(t_B, np.ndarray) else jnp
     t_BF = xp.broadcast_to(t_B[:, None], (t_B.shape[0], frames))
-    return _one_pass(model, x, sequence, t_BF, text_BSE, audio, None, table, None, latent_BFHWC, remat)
+    return _one_pass(
+        model, x, sequence, t_BF, text_BSE, audio, None, table, dot_product_attention, latent_BFHWC, remat
+    )
 
 
 def _one_pass(
@@ -285,24 +310,15 @@ def _one_pass(
     audio: AudioTokens,
     actor_mask_BPFHW: Array | None,
     table: Rope,
-    mask: Bool[Any, "T T"] | None,
+    among: Attend,
     latent_BFHWC: Array,
     remat: Remat,
 ) -> Array:
     times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
 
     def attend(layer: Any, q: Array, kv: KV, state: None, _: None) -> tuple[Array, None, None]:
-        return (
-            dot_product_attention(
-                apply_rope(q, table),
-                apply_rope(kv.k, table),
-                kv.v,
-                mask=mask,
-                implementation=model.config.attention,
-            ),
-            state,
-            None,
-        )
+        q, k = apply_rope(q, table), apply_rope(kv.k, table)
+        return among(q, k, kv.v, implementation=model.config.attention), state, None
 
     x, _, _ = run_layers(
         model,

@@ -15,7 +15,7 @@ from lavatar_jax.diffusion import TIMESTEPS, add_noise, shift_sigma, velocity
 from lavatar_jax.evaluation.flops import clip_flops, step_flops
 from lavatar_jax.models import rope as rp
 from lavatar_jax.models.dit import CausalDiT, Remat
-from lavatar_jax.models.dit_forward import block_causal_mask, cond_tokens, train_forward
+from lavatar_jax.models.dit_forward import train_forward
 from lavatar_jax.models.rope import Rope
 from lavatar_jax.parallel import STACKED, train_mesh
 from lavatar_jax.training.checks import check_records
@@ -140,20 +140,9 @@ def draw_rope(
     return jax.tree.map(lambda *tables: jnp.concatenate(tables), clip, reference, *past)
 
 
-def draw_mask(
-    key: Array, model: DiTConfig, config: ForcingConfig, latent_size: tuple[int, int, int], motion: bool
-) -> Bool[Array, "T T"]:
-    """Who sees whom: block-causal, and in some steps without the reference, in some without motion frames."""
-    frames, height, width = latent_size
-    tokens = (height // model.patch) * (width // model.patch)
-    noisy, cond = frames * tokens, cond_tokens(model, height, width, motion=motion)
-    without = jax.random.uniform(key, (2,)) < jnp.array([config.sink_dropout, config.motion_dropout])
-    place = jnp.arange(noisy + cond)
-    gone = ((place >= noisy) & (place < noisy + tokens) & without[0]) | (
-        (place >= noisy + tokens) & without[1]
-    )
-    mask = block_causal_mask(frames, tokens, cond, model.block_frames, xp=jnp)
-    return mask & ~(~gone[:, None] & gone[None, :])  # condition tokens would pass it on, if they saw it
+def draw_without(key: Array, config: ForcingConfig) -> Bool[Array, " 2"]:
+    """Whether a step has no reference, and no motion frames: nobody sees those tokens."""
+    return jax.random.uniform(key, (2,)) < jnp.array([config.sink_dropout, config.motion_dropout])
 
 
 def make_loss(
@@ -194,7 +183,7 @@ def make_loss(
             pose_BFHWC=pose,
             rope=draw_rope(keys[2], model, config, size, has_motion),
             blockwise_audio=True,
-            mask=draw_mask(keys[3], model, config, size, has_motion),
+            without=draw_without(keys[3], config),
             remat=remat,
         )
         error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]

@@ -160,7 +160,10 @@ def sample_flops(config: DistillRun, size: tuple[int, int, int]) -> float:
     shape = StreamShape(
         config=model, height=height, width=width, ring_blocks=sampling.ring_blocks, motion=False
     )
-    block, clip = sum(shape.flops(text_cached=False).values()), clip_flops(model, *size)
+    block, clip = (
+        sum(shape.flops(text_cached=False).values()),
+        clip_flops(model, *size, causal=config.score.kind == "causal"),
+    )
     blocks, lead = frames // model.block_frames, config.distill.run_in
     weights = np.array(config.rollout.exit_weights or (1.0,) * sampling.steps)
     extra = int(sampling.history != "noisy")

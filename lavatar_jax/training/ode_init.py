@@ -113,10 +113,10 @@ def path_flops(config: OdeRun, size: tuple[int, int, int]) -> float:
 
     `size`: latent frames, rows and columns of a clip.
     """
-    clip = clip_flops(config.model, *size)
+    seen = clip_flops(config.model, *size, causal=config.score.kind == "causal")
     judged = 1 + bool(config.loss.guidance) + bool(config.loss.text_guidance)
-    walked = config.sampling.steps * config.substeps * judged * clip
-    return walked + step_flops(clip, lora=config.lora.rank > 0)
+    walked = config.sampling.steps * config.substeps * judged * seen
+    return walked + step_flops(clip_flops(config.model, *size), lora=config.lora.rank > 0)
 
 
 def train_ode(config: OdeRun) -> TrainState:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from lavatar_jax.models.audio_injector import AudioInjector
 from lavatar_jax.models.dit import CausalDiT, Head, Remat, timestep_sinusoid
 from lavatar_jax.models.dit_forward import (
     block_causal_mask,
+    cond_tokens,
     prefill_sink,
     stream_forward,
     teacher_forward,
@@ -179,6 +181,35 @@ def test_the_mask_is_block_causal() -> None:
     mask = block_causal_mask(frames=3, tokens_per_frame=1, cond=2, block_frames=2)
     want = ["11011", "11011", "11111", "00011", "00011"]
     assert ["".join(map(str, row)) for row in mask.astype(int)] == want
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("without", [None, (False, False), (True, False), (False, True), (True, True)])
+def test_blocks_by_themselves_equal_a_mask(without: tuple[bool, bool] | None, implementation: Any) -> None:
+    """With a short block at the end, and conditions that are there or not; values and gradients."""
+    config = tiny_config(inject_layers=(0,), use_motion=True, attention=implementation)
+    model, frames, tokens, reference = random_dit(config), 7, 16, 16
+    n_cond = cond_tokens(config, 8, 8, motion=True)
+    mask = block_causal_mask(frames, tokens, n_cond, config.block_frames)
+    gone = np.zeros(len(mask), bool)
+    gone[frames * tokens :] = np.where(np.arange(n_cond) < reference, *map(np.array, without or (False,) * 2))
+    mask &= ~(~gone[:, None] & gone[None, :])
+    latent, photo, motion = normal(1, 1, frames, 8, 8, 3), normal(2, 1, 1, 8, 8, 3), normal(5, 1, 19, 8, 8, 3)
+    audio, t = normal(4, 1, 1, 2, 5, 4 * frames), np.linspace(100, 900, frames, dtype=np.float32)[None]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model: CausalDiT, **options: Any) -> jax.Array:
+        flow = train_forward(
+            model, latent, t, text_BSE=TEXT, audio=audio, ref_B1HWC=photo, motion_BFHWC=motion, **options
+        )
+        return jnp.mean(jnp.square(flow - latent))
+
+    options = {} if without is None else {"without": jnp.array(without)}
+    (found, gradient), (expected, of_mask) = loss(model, **options), loss(model, mask=jnp.asarray(mask))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_mask), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3)
 
 
 # Optional parts
