@@ -30,7 +30,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "types", "config", "errors", "files", "models", "diffusion", "data", "checkpoints", "evaluation",
-        "parallel", "lora", "quant", "inference.rollout", "inference.denoise",
+        "parallel", "lora", "quant", "inference.rollout", "inference.denoise", "inference.encode",
+        "inference.decode",
     ),
     "serving": (
         "types", "config", "errors", "files", "models", "diffusion", "checkpoints", "inference", "parallel",
