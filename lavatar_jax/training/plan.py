@@ -68,6 +68,14 @@ class Layout:
     def fits(self, memory_gb: float) -> bool:
         return self.total_gb <= USABLE_MEMORY * memory_gb
 
+    @property
+    def options(self) -> str:
+        """For `train.py`."""
+        return (
+            f"--mesh.data {self.data} --mesh.fsdp {self.fsdp} --mesh.tensor {self.tensor} "
+            f"--train.batch {self.batch} --train.accumulate {self.accumulate}"
+        )
+
 
 def saved_bytes(loss: LossFn, weights: Weights[Any], batch: Any) -> tuple[float, float]:
     """-> (activations kept for the backward pass, copies of weights in the dtype of the computation)."""
@@ -211,6 +219,7 @@ def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: s
     own = [layout for layout in own if layout not in layouts]
     for layout in (*layouts, *own):
         mesh = f"{layout.data} x {layout.fsdp} x {layout.tensor}"
+        room = USABLE_MEMORY * memory_gb - layout.total_gb
         cells = [
             f"{layout.devices:7d}",
             f"{mesh:>20}",
@@ -218,7 +227,11 @@ def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: s
             f"{layout.accumulate:10d}",
             *(f"{layout.memory[name] / 1e9:{len(name)}.2f}" for name in purposes),
             f"{layout.total_gb:5.1f}",
-            ("fits" if layout.fits(memory_gb) else "DOES NOT FIT") + ", as configured" * (layout in own),
+            (f"fits, {room:.1f} left" if layout.fits(memory_gb) else "DOES NOT FIT")
+            + ", as configured" * (layout in own),
         ]
         lines.append("  ".join(cells))
+    if fitting := [layout for layout in layouts if layout.fits(memory_gb)]:
+        lines.append("so, for train.py:")
+        lines += [f"{layout.devices:7d}  {layout.options}" for layout in fitting]
     return "\n".join(lines)

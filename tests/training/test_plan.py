@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lavatar_jax.cli import parse_options
 from lavatar_jax.config import DiTConfig
 from lavatar_jax.evaluation.flops import clip_flops, count_flops, step_flops
 from lavatar_jax.models.audio_encoder import encode_audio
@@ -96,7 +97,13 @@ def test_the_command_prints_a_table() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fits" in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["128", "64", "8"]
+    table, options = done.stdout.split("so, for train.py:")
+    assert [line.split()[0] for line in table.splitlines()[-3:]] == ["128", "64", "8"]
+    for line in options.strip().splitlines():
+        devices, *arguments = line.split()
+        found = parse_options(DiTRun, arguments, prog="train.py", default=small())
+        assert found.mesh.data * found.mesh.fsdp * found.mesh.tensor == int(devices)
+    assert len(options.strip().splitlines()) == 3
 
 
 def test_every_small_stage_has_a_plan() -> None:
