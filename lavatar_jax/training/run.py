@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from lavatar_jax.checkpoints.runs import CheckpointConfig, result_step, result_time
+from lavatar_jax.data.negative_prompt import read_negative
 from lavatar_jax.errors import UserError
 from lavatar_jax.files import lock_folder, write_text
 from lavatar_jax.parallel import MeshConfig
@@ -98,10 +100,20 @@ def fit_run(
 
 
 def origins(run: Run) -> dict[str, int]:
-    """When what a run's weights come from was written (`result_time`), where those are runs."""
+    """What a run learns from besides its records: when that was written (`result_time`), where it is a run;
+    and its negative prompt."""
     places = {name: getattr(run, name, None) for name in ("init", "teacher")}
     times = {name: result_time(Path(place)) for name, place in places.items() if place is not None}
-    return {name: time for name, time in times.items() if time is not None}
+    return {name: time for name, time in times.items() if time is not None} | negative_prompt(run)
+
+
+def negative_prompt(run: Run) -> dict[str, int]:
+    """A number for what guidance leads away from, of runs that read it beside their records."""
+    score = getattr(run, "score", None)
+    if score is None or score.without_text != "negative":
+        return {}
+    found = read_negative(run.data.folder)  # type: ignore[attr-defined]
+    return {} if found is None else {"negative": zlib.crc32(found[1].tobytes())}
 
 
 def check_origins(run: Run) -> None:
@@ -110,6 +122,11 @@ def check_origins(run: Run) -> None:
     began = json.loads(path.read_text()) if path.is_file() else {}
     now = origins(run)
     for name, time in began.get("origins", {}).items():
+        if name == "negative" and now.get(name) != time:
+            raise UserError(
+                f"{run.out} began with another negative prompt than is beside its records now: put that one "
+                "back, or choose another --out"
+            )
         if now.get(name, time) != time:
             raise UserError(
                 f"{run.out} began with {began.get(name)} as it was then; --{name} {getattr(run, name)} is "

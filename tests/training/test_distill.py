@@ -16,7 +16,7 @@ from lavatar_jax.checkpoints.runs import flatten_names, read_average
 from lavatar_jax.checkpoints.store import save_params
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.motion import MANNERS
-from lavatar_jax.data.negative_prompt import write_negative
+from lavatar_jax.data.negative_prompt import NEGATIVE, write_negative
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
@@ -41,7 +41,7 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.ode_init import OdeRun, train_ode
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.report import SAMPLES
-from lavatar_jax.training.run import Run
+from lavatar_jax.training.run import Run, check_origins, write_config
 from lavatar_jax.training.samples import SamplesConfig, stream_record
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
@@ -262,6 +262,17 @@ def test_another_teacher_than_in_the_beginning_is_refused(run: DistillRun, tmp_p
     with pytest.raises(UserError, match=r"began with .*teacher as it was then; --teacher .* another"):
         train_distill(run)
     assert (Path(run.out) / "config.json").read_bytes() == before
+
+
+def test_another_negative_prompt_than_in_the_beginning_is_refused(run: DistillRun) -> None:
+    write_config(run)
+    check_origins(run)
+    write_negative(Path(run.data.folder), "blurred", np.ones((2, 4), np.float16))
+    with pytest.raises(UserError, match="began with another negative prompt than is beside its records now"):
+        check_origins(run)
+    (Path(run.data.folder) / NEGATIVE).unlink()
+    with pytest.raises(UserError, match="another negative prompt"):
+        check_origins(run)
 
 
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:
