@@ -127,21 +127,19 @@ def block_causal_attention(
     """
     cond = k.shape[1] - noisy
 
-    def attend(first: int, stop: int, keys: int, length: Array | int) -> Array:
+    def attend(q: Array, k: Array, v: Array, keys: int, length: Array | int) -> Array:
         k_seen, v_seen = (jnp.concatenate([x[:, :keys], x[:, noisy:]], axis=1) for x in (k, v))
         known = isinstance(length, int) and length == keys + cond
         return dot_product_attention(
-            q[:, first:stop],
-            k_seen,
-            v_seen,
-            length=None if known else length,
-            implementation=implementation,
+            q, k_seen, v_seen, length=None if known else length, implementation=implementation
         )
 
-    parts = [attend(first, stop, stop, stop + there) for first, stop in block_ranges(noisy, block)]
+    if implementation == "chunked":  # or the keys of every block would be kept for its gradient
+        attend = jax.checkpoint(attend, static_argnums=3)
+    parts = [attend(q[:, first:stop], k, v, stop, stop + there) for first, stop in block_ranges(noisy, block)]
     if cond:
         among = there if isinstance(there, int) else jnp.where(there > 0, there, cond)
-        parts.append(attend(noisy, noisy + cond, 0, among))
+        parts.append(attend(q[:, noisy:], k, v, 0, among))
     return jnp.concatenate(parts, axis=1)
 
 

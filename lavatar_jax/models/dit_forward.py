@@ -166,16 +166,15 @@ def stream_forward(
 
 
 def block_causal_mask(
-    frames: int, tokens_per_frame: int, cond: int, block_frames: int, xp: Any = np
-) -> Bool[Any, "T T"]:
+    frames: int, tokens_per_frame: int, cond: int, block_frames: int
+) -> Bool[np.ndarray, "T T"]:
     """Who may attend to whom (row: query) in the sequence noisy | reference | motion.
 
     A noisy token sees its own block, earlier blocks and all condition tokens; condition tokens see each
-    other only. The last block may be short. `xp`: numpy, or jax.numpy to compute it in a program, in which a
-    large mask should not be a constant.
+    other only. The last block may be short. For checks: nothing masks where it is fast.
     """
     n = frames * tokens_per_frame
-    place = xp.arange(n + cond)
+    place = np.arange(n + cond)
     block = place // (block_frames * tokens_per_frame)
     row, column = place[:, None], place[None, :]
     return (column >= n) | ((row < n) & (block[:, None] >= block[None, :]))
@@ -249,6 +248,8 @@ def train_forward(
     noisy, reference = (part.shape[1] for part in sequence_parts[:2])
     cond = sum(part.shape[1] for part in sequence_parts[1:])
     there: Array | int = cond
+    if without is not None and mask is not None:
+        raise ValueError("a mask says itself which conditions are seen: give it or `without`")
     if without is not None:  # those that are there come first
         first = jnp.where(without[0], reference, 0)
         sequence_parts[1:] = [jnp.roll(jnp.concatenate(sequence_parts[1:], axis=1), -first, axis=1)]
@@ -257,7 +258,10 @@ def train_forward(
     x = jnp.concatenate(sequence_parts, axis=1)
     sequence = Sequence(frames, noisy // frames, cond)
     attend: Attend = functools.partial(
-        block_causal_attention, noisy=noisy, block=config.block_frames * noisy // frames, there=there
+        block_causal_attention,
+        noisy=noisy,
+        block=config.block_frames * sequence.tokens_per_frame,
+        there=there,
     )
     if mask is not None:
         attend = functools.partial(dot_product_attention, mask=mask)

@@ -140,8 +140,10 @@ def draw_rope(
     return jax.tree.map(lambda *tables: jnp.concatenate(tables), clip, reference, *past)
 
 
-def draw_without(key: Array, config: ForcingConfig) -> Bool[Array, " 2"]:
+def draw_without(key: Array, config: ForcingConfig) -> Bool[Array, " 2"] | None:
     """Whether a step has no reference, and no motion frames: nobody sees those tokens."""
+    if not (config.sink_dropout or config.motion_dropout):
+        return None
     return jax.random.uniform(key, (2,)) < jnp.array([config.sink_dropout, config.motion_dropout])
 
 
@@ -219,7 +221,11 @@ def train_dit(config: DiTRun) -> TrainState:
     forward = clip_flops(config.model, *size, motion=motion)
     flops = train.batch * step_flops(forward, lora=config.lora.rank > 0)
     sample = make_sampler(
-        source, config.sampling, config.data.vae, lambda state: merge(state.average, weights.frozen)
+        source,
+        config.sampling,
+        config.data.vae,
+        lambda state: merge(state.average, weights.frozen),
+        every=config.samples.every,
     )
     return fit_run(
         config,
