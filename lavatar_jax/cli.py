@@ -1,6 +1,7 @@
 """What the command lines share: parsing into dataclasses, and one line on stderr for what a user did wrong.
 
-Exit codes: 0 done, 2 wrong input (one line says what), 130 interrupted.
+Exit codes: 0 done, 2 wrong input (one line says what), 3 another process of a training is lost, 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,14 @@ def _start_worker(index: int, count: int) -> None:
     """A worker leaves Ctrl-C and SIGTERM, which may be sent to all processes of a job, to its parent, which
     ends it when all is saved; and it never touches an accelerator."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _end_without(parent: int) -> None:
+    """End this process when its parent is gone, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(5)
+    os._exit(1)

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -127,6 +128,8 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
             flush=True,
         )
         sys.stdout.flush()
+        for worker in multiprocessing.active_children():  # that read data: nobody else would end them
+            worker.kill()
         os._exit(code)
 
     def end_alone(what: str) -> None:
@@ -148,8 +151,9 @@ def ending_together(step: Callable[[], int]) -> Iterator[None]:
             raise
         if is_out_of_memory(error):  # starting again would not help
             end(str(no_room(error)), code=2)
-        if not isinstance(error, jax.errors.JaxRuntimeError):  # perhaps it is this process that is wrong
+        if not isinstance(error, jax.errors.JaxRuntimeError):  # it is this process that is wrong
             traceback.print_exc()
+            end(f"{type(error).__name__}, as above", code=1)
         end_alone(first_line(error))
 
 
@@ -176,7 +180,7 @@ def no_room(error: Exception) -> UserError:
     """What to do about such an error."""
     return UserError(
         f"the devices have no room for this ({first_line(error)}): see --plan; try more --train.accumulate, "
-        "--mesh.fsdp or --mesh.tensor, or --train.remat full"
+        "--mesh.fsdp or --mesh.tensor, or (transformers) --train.remat full"
     )
 
 

@@ -200,10 +200,13 @@ def fit(
 
     @contextlib.contextmanager
     def worth_less_than_training(what: str) -> Iterator[None]:
-        """What fails here is told: there may be no memory for it."""
+        """What fails here is told: there may be no memory for it. Several processes end instead: some may not
+        have failed, and would wait for the others."""
         try:
             yield
         except (OSError, UserError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and not agree.alone:
+                raise
             run.log.say(f"no {what} at step {run.step}: {first_line(error)}")
 
     def measured(state: State) -> dict[str, float] | None:
@@ -230,13 +233,13 @@ def fit(
             data = {**batches.get_state(), "of": config.batch}
             if best is None:  # first of all
                 checkpoints.save(whole, data, None)
-            numbers = None if run.stopping else measured(whole)
+            numbers = None if run.stopping and run.done < 1.0 else measured(whole)
             if best is not None:
                 checkpoints.save(whole, data, numbers)
             if best is not None and best not in (numbers or {}):  # as where records can no longer be read
                 run.log.say(f"{best} was not measured at step {run.step}, which cannot be the best")
             due = run.done >= 1.0 or run.seconds >= sampled_at + sample_every
-            if sample is not None and due and not run.stopping:
+            if sample is not None and due and (run.done >= 1.0 or not told_to_stop()):
                 sampled_at = run.seconds
                 folder = out / SAMPLES / f"{run.step:08d}"
                 with contextlib.suppress(OSError):  # all processes must come to `sample`; it will say so

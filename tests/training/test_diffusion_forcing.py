@@ -2,6 +2,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,20 +219,22 @@ def get_config():
 def test_the_command_trains_stops_at_a_signal_and_goes_on(
     data: LatentsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(diffusion_forcing, "make_sampler", lambda *arguments: None)  # tested elsewhere
+    monkeypatch.setattr(
+        diffusion_forcing, "make_sampler", lambda *arguments, **options: None
+    )  # tested elsewhere
     config = tmp_path / "config.py"
     config.write_text(CONFIG_FILE.format(folder=str(tmp_path), data=data))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     main([str(config)])
-    say = RunLog.say
+    steps = RunLog.steps
 
-    def interrupt(self: RunLog, line: str) -> None:
-        say(self, line)
-        if line.startswith("step 2"):
+    def interrupt(self: RunLog, step: int, *arguments: Any) -> None:
+        steps(self, step, *arguments)
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)  # when step 3 is on its way
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "say", interrupt)
+        patch.setattr(RunLog, "steps", interrupt)
         with pytest.raises(KeyboardInterrupt):
             main([str(config), "--out", str(parts)])
     assert result_step(parts) == 3

@@ -129,6 +129,15 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_run_goes_on(whole:
     np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
 
 
+def test_a_signal_to_one_process_saves_and_ends_all_at_the_same_step(tmp_path: Path):
+    first, second = pair(tmp_path, "--slow", 0.3)
+    wait_for_step(first, 2)
+    second.send_signal(signal.SIGTERM)
+    said = finish(first, 130)
+    finish(second, 130)
+    assert f"stopped at step {len(losses(tmp_path))}, which is saved" in said
+
+
 def test_a_process_that_is_aborted_for_the_loss_of_another_says_so(tmp_path: Path):
     """As jax does where nothing fails by itself; the thread that aborts is not the one that waits."""
     script = """
