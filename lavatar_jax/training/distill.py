@@ -222,6 +222,6 @@ def train_distill(config: DistillRun, *, stop_at: int | None = None) -> DistillS
         mesh,
         flops=flops,
         evaluate=make_stream_evaluator(source, config.sampling, averaged, measured),
-        sample=make_sampler(source, config.sampling, config.data.vae, averaged),
+        sample=make_sampler(source, config.sampling, config.data.vae, averaged, every=config.samples.every),
         stop_at=stop_at,
     )

@@ -150,5 +150,5 @@ def train_ode(config: OdeRun) -> TrainState:
         mesh,
         flops=train.batch * path_flops(config, source.buckets[0].latent_size),
         evaluate=make_stream_evaluator(source, config.sampling, averaged),
-        sample=make_sampler(source, config.sampling, config.data.vae, averaged),
+        sample=make_sampler(source, config.sampling, config.data.vae, averaged, every=config.samples.every),
     )

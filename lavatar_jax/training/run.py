@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +75,15 @@ def fit_run(
     Raises UserError where another process trains in its folder, and where it would go on with other frozen
     weights than it began with.
     """
-    if not run.samples.every:
-        options["sample"] = None
+    if run.samples.records and not run.samples.every and options.get("evaluate") is None:
+        raise UserError(
+            "--samples.every 0 shows none of the records that --samples.records holds out, and this stage "
+            "measures nothing on them: give --samples.records 0"
+        )
     with contextlib.ExitStack() as held:
         first_process_only(lambda: held.enter_context(lock_folder(Path(run.out))))
-        if jax.tree.leaves(frozen) and result_step(Path(run.out)) is not None:
-            check_origins(run)
+        if result_step(Path(run.out)) is not None:
+            check_continued(run, frozen=bool(jax.tree.leaves(frozen)))
         return fit(
             step_fn,
             state,
@@ -100,33 +102,45 @@ def fit_run(
 
 
 def origins(run: Run) -> dict[str, int]:
-    """What a run learns from besides its records: when that was written (`result_time`), where it is a run;
-    and its negative prompt."""
+    """When what a run's weights come from was written (`result_time`), where those are runs."""
     places = {name: getattr(run, name, None) for name in ("init", "teacher")}
     times = {name: result_time(Path(place)) for name, place in places.items() if place is not None}
-    return {name: time for name, time in times.items() if time is not None} | negative_prompt(run)
+    return {name: time for name, time in times.items() if time is not None}
 
 
-def negative_prompt(run: Run) -> dict[str, int]:
-    """A number for what guidance leads away from, of runs that read it beside their records."""
+def negative_prompt(run: Run) -> str | None:
+    """What guidance leads away from, of runs that read it beside their records."""
     score = getattr(run, "score", None)
     if score is None or score.without_text != "negative":
-        return {}
+        return None
     found = read_negative(run.data.folder)  # type: ignore[attr-defined]
-    return {} if found is None else {"negative": zlib.crc32(found[1].tobytes())}
+    return None if found is None else found[0]
 
 
-def check_origins(run: Run) -> None:
-    """Raises UserError where what a run's frozen weights come from is not what it was when the run began."""
+def check_continued(run: Run, *, frozen: bool = True) -> None:
+    """Raises UserError where a run that goes on would mean something else than when it began: by its
+    adapters, by its negative prompt, or (where it has `frozen` weights) by where those come from."""
     path = Path(run.out) / "config.json"
     began = json.loads(path.read_text()) if path.is_file() else {}
+    now, lora = json.loads(json.dumps(dataclasses.asdict(run))), began.get("lora") or {}
+    if lora.get("rank") and lora["alpha"] != now["lora"]["alpha"]:
+        raise UserError(
+            f"{run.out} began with --lora.alpha {lora['alpha']:g}, by which its adapters count: give that, "
+            "or another --out with --lora.init"
+        )
+    prompts = began.get("negative_prompt"), negative_prompt(run)
+    if None not in prompts and prompts[0] != prompts[1]:
+        raise UserError(
+            f"{run.out} began with the negative prompt {prompts[0]!r}, but {prompts[1]!r} is beside its "
+            "records now: put the first one back, or choose another --out"
+        )
+    if frozen:
+        _check_origins(run, began)
+
+
+def _check_origins(run: Run, began: dict[str, Any]) -> None:
     now = origins(run)
     for name, time in began.get("origins", {}).items():
-        if name == "negative" and now.get(name) != time:
-            raise UserError(
-                f"{run.out} began with another negative prompt than is beside its records now: put that one "
-                "back, or choose another --out"
-            )
         if now.get(name, time) != time:
             raise UserError(
                 f"{run.out} began with {began.get(name)} as it was then; --{name} {getattr(run, name)} is "
@@ -142,5 +156,6 @@ def write_config(run: Run) -> None:
     if jax.process_index() == 0:
         out = Path(run.out)
         out.mkdir(parents=True, exist_ok=True)
-        values = dataclasses.asdict(run) | {"origins": origins(run)}
+        values = dataclasses.asdict(run)
+        values |= {"origins": origins(run), "negative_prompt": negative_prompt(run)}
         write_text(out / "config.json", json.dumps(values, indent=1))

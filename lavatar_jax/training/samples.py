@@ -74,14 +74,19 @@ def to_host(array: Array) -> np.ndarray:
 
 
 def make_sampler(
-    source: ShardSource, sampling: SamplingConfig, vae_place: str, model_of: Callable[[Any], CausalDiT]
+    source: ShardSource,
+    sampling: SamplingConfig,
+    vae_place: str,
+    model_of: Callable[[Any], CausalDiT],
+    *,
+    every: float = 1.0,
 ) -> Callable[[Any, Path], None] | None:
     """`sample` of `loop.fit`: a moving picture for each held-out record, the truth left, the model's right.
 
-    `model_of(state)`: the network to look at. None where there is nothing to show. Raises UserError without
-    the VAE that encoded the records (`load_vae`).
+    `model_of(state)`: the network to look at. None where there is nothing to show, or `every` is 0. Raises
+    UserError without the VAE that encoded the records (`load_vae`).
     """
-    if not source.held_out:
+    if not source.held_out or not every:
         return None
     config, vae = load_vae(vae_place)
     _check_encoder(source, config, vae_place)

@@ -172,7 +172,7 @@ def make_sampler(
 
     They are the held-out records of `source`; None: faces of other clips than those of the training.
     """
-    if not config.samples.records:
+    if not config.samples.records or not config.samples.every:
         return None
     pictures = functools.partial(_rendered_faces, config) if source is None else _held_out_videos(source)
 

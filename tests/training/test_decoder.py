@@ -261,7 +261,10 @@ def test_processes_draw_parts_of_the_same_windows(tmp_path: Path) -> None:
 
 
 def test_held_out_clips_are_shown_and_not_trained_on(run: DecoderRun, tmp_path: Path) -> None:
-    run = dataclasses.replace(run, samples=SamplesConfig(records=1, every=0.0))
+    blind = dataclasses.replace(run, samples=SamplesConfig(records=1, every=0.0))
+    with pytest.raises(UserError, match=r"--samples\.every 0 shows none .* and this stage measures nothing"):
+        train_decoder(blind)
+    run = dataclasses.replace(run, samples=SamplesConfig(records=1))
     train_decoder(run)
     pictures = list(Path(run.out).rglob("*.webp"))
     assert {picture.name for picture in pictures} == {"clip0.webp"}

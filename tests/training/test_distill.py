@@ -16,7 +16,7 @@ from lavatar_jax.checkpoints.runs import flatten_names, read_average
 from lavatar_jax.checkpoints.store import save_params
 from lavatar_jax.config import DiTConfig, SamplingConfig, VAEConfig
 from lavatar_jax.data.motion import MANNERS
-from lavatar_jax.data.negative_prompt import NEGATIVE, write_negative
+from lavatar_jax.data.negative_prompt import write_negative
 from lavatar_jax.data.shards import ShardWriter, stored_records
 from lavatar_jax.errors import UserError
 from lavatar_jax.evaluation.flops import clip_flops
@@ -41,7 +41,7 @@ from lavatar_jax.training.loop import LoopConfig
 from lavatar_jax.training.ode_init import OdeRun, train_ode
 from lavatar_jax.training.optim import OptimConfig
 from lavatar_jax.training.report import SAMPLES
-from lavatar_jax.training.run import Run, check_origins, write_config
+from lavatar_jax.training.run import Run, check_continued, write_config
 from lavatar_jax.training.samples import SamplesConfig, stream_record
 from lavatar_jax.training.scores import ScoreConfig
 from lavatar_jax.training.self_forcing import SelfForcingConfig
@@ -266,13 +266,24 @@ def test_another_teacher_than_in_the_beginning_is_refused(run: DistillRun, tmp_p
 
 def test_another_negative_prompt_than_in_the_beginning_is_refused(run: DistillRun) -> None:
     write_config(run)
-    check_origins(run)
+    check_continued(run)
+    write_negative(Path(run.data.folder), "", np.ones((2, 4), np.float16))  # encoded on another device, say
+    check_continued(run)
     write_negative(Path(run.data.folder), "blurred", np.ones((2, 4), np.float16))
-    with pytest.raises(UserError, match="began with another negative prompt than is beside its records now"):
-        check_origins(run)
-    (Path(run.data.folder) / NEGATIVE).unlink()
-    with pytest.raises(UserError, match="another negative prompt"):
-        check_origins(run)
+    with pytest.raises(
+        UserError, match="began with the negative prompt '', but 'blurred' is beside its records"
+    ):
+        check_continued(run)
+    check_continued(dataclasses.replace(run, score=dataclasses.replace(run.score, without_text="zeros")))
+
+
+def test_another_alpha_than_in_the_beginning_is_refused(run: DistillRun) -> None:
+    """The adapters of the checkpoint would count at another strength."""
+    began = dataclasses.replace(run, lora=LoraConfig(rank=2, alpha=4.0))
+    write_config(began)
+    check_continued(began)
+    with pytest.raises(UserError, match=r"began with --lora\.alpha 4, by which its adapters count"):
+        check_continued(dataclasses.replace(run, lora=LoraConfig(rank=2)))
 
 
 def test_weights_of_another_model_are_refused(run: DistillRun) -> None:

@@ -131,3 +131,6 @@ def test_without_held_out_records_there_is_nothing_to_show(folder: Path) -> None
     source = open_source(folder, 0)
     assert make_sampler(source, SAMPLING, "no VAE is opened", lambda state: state) is None
     assert make_evaluator(source, lambda *_: None, {}) is None
+    held = open_source(folder, 1)
+    assert make_sampler(held, SAMPLING, "no VAE is opened", lambda state: state, every=0.0) is None
+    assert make_evaluator(held, lambda *_: None, {}) is not None, "it is measured all the same"
