@@ -129,6 +129,7 @@ def main(args: list[str]) -> None:
     with ShardWriter(options.out, shard_records=1 << 30) as writer:
         _settle(options.out, settings, begun=bool(writer.rows))
         work = options.out / WORK
+        shutil.rmtree(work, ignore_errors=True)  # of a call that was killed
         if options.work is not None:  # a folder of its own, which the next call finds again
             work = options.work / f"prepare-{zlib.crc32(str(options.out.absolute()).encode()):08x}"
         shutil.rmtree(work, ignore_errors=True)

@@ -182,7 +182,8 @@ class RunCheckpoints:
             return checkpointer.restore(folder, args=request)
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint that is kept, or None where none was evaluated."""
+        """The step of the best checkpoint that is kept, or of one where none was measured; None where nothing
+        chooses."""
         return self.manager.best_step() if self.config.best is not None else None
 
     def close(self) -> None:

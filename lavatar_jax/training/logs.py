@@ -53,7 +53,8 @@ class RunLog:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, disable=not self.first)
+        # Steps may take minutes, and some more than others: a look at half a minute would tell nothing.
+        self._bar = Progress(*columns, disable=not self.first, speed_estimate_period=3600)
         self._usual_handler: Any = None
         self._task = self._bar.add_task("", total=1.0, step=0, status="compiling")
         self._board: Any = None
@@ -129,7 +130,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """On the screen only."""
         if self.first:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def saving(self, step: int, done: float) -> None:
         self._bar.update(self._task, completed=done, step=step, status="saving")

@@ -23,6 +23,7 @@ from lavatar_jax.training.state import LossFn, Params
 from lavatar_jax.training.weights import Weights
 
 COUNTS = (128, 64, 8)  # devices that a plan is made for
+ROOMY = 0.95  # of the memory: communication is not counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,10 +195,12 @@ class Planner:
         )
 
     def suggest(self, devices: int, memory_gb: float) -> Layout:
-        """The first that fits, or the one that needs the least."""
+        """The first that fits and leaves some memory, else the first that fits, or the one that needs the
+        least."""
         layouts = list(self.layouts(devices))
+        roomy = (layout for layout in layouts if layout.fits(ROOMY * memory_gb))
         fitting = (layout for layout in layouts if layout.fits(memory_gb))
-        return next(fitting, min(layouts, key=lambda layout: layout.total_gb))
+        return next(roomy, next(fitting, min(layouts, key=lambda layout: layout.total_gb)))
 
 
 def plan_text(run: Run, subject: Subject, counts: Sequence[int] = COUNTS, gpu: str = "h100") -> str:
