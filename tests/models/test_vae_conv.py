@@ -58,6 +58,23 @@ def test_both_implementations_have_equal_gradients(kernel, time_stride) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [1, 40, 1000])  # positions: one frame, two, all five at once
+def test_gradients_of_frames_equal_those_of_xla(at_once, monkeypatch) -> None:
+    monkeypatch.setattr(conv, "AT_ONCE", at_once)
+    graph, state = nnx.split(conv.FrameConv2d(3, 7, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (1, 5, 4, 5, 3))
+
+    def gradients(implementation):
+        monkeypatch.setattr(conv, "IMPLEMENTATION", implementation)
+        loss = jax.grad(lambda x, state: jnp.sum(jnp.sin(nnx.merge(graph, state)(x))), (0, 1))
+        return jax.tree.leaves(loss(x, state))
+
+    fast, xla = gradients("taps"), gradients("plain")
+    assert len(fast) == 3  # of x, weight and bias
+    for got, want in zip(fast, xla, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @KERNELS
 def test_chunks_with_history_equal_the_whole(kernel, time_stride) -> None:
     layer, x = make(kernel, time_stride)

@@ -28,6 +28,7 @@ Implementation = Literal["auto", "taps", "plain"]
 #   (6,5,32,32,48) -> 48    43 / 163   19 / 120  20 / 115                  93 / 140
 #   (6,5,16,16,96) -> 96    25 /  94   13 /  50  18 /  81                  88 / 139
 IMPLEMENTATION: Implementation = "auto"
+AT_ONCE = 4096  # positions in a matrix product of `kernel_gradient`; more do not stay in a core's cache
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
@@ -47,6 +48,14 @@ def conv2d(
     )
 
 
+def chosen(implementation: Implementation | None = None) -> Literal["taps", "plain"]:
+    """What is computed for `implementation` (None: `IMPLEMENTATION`) on the default device."""
+    implementation = implementation or IMPLEMENTATION
+    if implementation == "auto":
+        return "taps" if jax.default_backend() == "cpu" else "plain"
+    return implementation
+
+
 def time_conv3d(
     x: Float[Array, "B T H W I"],
     weight: Float[Array, "kt kh kw I O"],
@@ -57,27 +66,82 @@ def time_conv3d(
     """3-D convolution without padding in time ((T - kt) // time_stride + 1 outputs), zero-padded in space."""
     kt, kh, kw, n_in, n_out = weight.shape
     batch, frames, height, width, _ = x.shape
-    padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
-    implementation = implementation or IMPLEMENTATION
-    if implementation == "auto":
-        implementation = "taps" if jax.default_backend() == "cpu" else "plain"
-    if implementation == "plain":
+    if chosen(implementation) == "plain":
         return lax.conv_general_dilated(
             x,
             weight,
             (time_stride, 1, 1),
-            ((0, 0), *padding),
+            ((0, 0), *_same(weight[0])),
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
     last = frames - kt + 1  # one past the first frame of the last window
     taps = jnp.concatenate([x[:, i : last + i : time_stride] for i in range(kt)], axis=-1)
     out_frames = taps.shape[1]
-    y = conv2d(
+    y = conv2d_same(
         taps.reshape(batch * out_frames, height, width, kt * n_in),
         jnp.moveaxis(weight, 0, 2).reshape(kh, kw, kt * n_in, n_out),
-        padding=padding,
     )
     return y.reshape(batch, out_frames, height, width, n_out)
+
+
+@jax.custom_vjp
+def conv2d_same(x: Float[Array, "N H W I"], weight: Float[Array, "kh kw I O"]) -> Float[Array, "N H W O"]:
+    """`conv2d` by an odd kernel, zero-padded to the size of its input, with a gradient that is fast on CPUs.
+
+    It has no forward-mode derivative.
+    """
+    return conv2d(x, weight, padding=_same(weight))
+
+
+def _same(weight: Float[Array, "kh kw I O"]) -> tuple[tuple[int, int], tuple[int, int]]:
+    kh, kw = weight.shape[:2]
+    return (kh // 2, kh // 2), (kw // 2, kw // 2)
+
+
+def _conv2d_same_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return conv2d_same(x, weight), (x, weight)
+
+
+def _conv2d_same_backward(saved: tuple[Array, Array], error: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    kh, kw = weight.shape[:2]
+    mirrored = jnp.flip(weight, (0, 1)).swapaxes(2, 3)
+    return conv2d(error, mirrored, padding=_same(weight)), kernel_gradient(x, error, (kh, kw))
+
+
+conv2d_same.defvjp(_conv2d_same_forward, _conv2d_same_backward)
+
+
+def kernel_gradient(
+    x: Float[Array, "N H W I"], error: Float[Array, "N H W O"], kernel: tuple[int, int]
+) -> Float[Array, "kh kw I O"]:
+    """Gradient of `conv2d_same` with respect to its kernel, as matrix products of a few frames at a time.
+
+    Every input position meets the errors that it has caused, of all taps side by side. XLA's own gradient is
+    a convolution with a kernel as large as the picture. In ms on two AVX-512 cores:
+                                           XLA's    this
+        (25, 64, 64, 72) -> 24, 3x3          90       59
+        (50, 32, 32, 72) -> 24               31       16
+        (26, 16, 16, 144) -> 48              19        7
+    """
+    (frames, height, width, n_in), n_out = x.shape, error.shape[-1]
+    kh, kw = kernel
+    group = max(1, min(frames, AT_ONCE // (height * width)))  # frames
+    rest = -frames % group
+    x = jnp.pad(x, ((0, rest), (0, 0), (0, 0), (0, 0)))
+    error = jnp.pad(error, ((0, rest), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+
+    def add(gradient: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        some, errors = pair
+        of_taps = [
+            errors[:, i : i + height, j : j + width] for i in reversed(range(kh)) for j in reversed(range(kw))
+        ]
+        errors = jnp.concatenate(of_taps, axis=-1)
+        return gradient + some.reshape(-1, n_in).T @ errors.reshape(-1, kh * kw * n_out), None
+
+    groups = (x.reshape(-1, group, *x.shape[1:]), error.reshape(-1, group, *error.shape[1:]))
+    gradient, _ = lax.scan(add, jnp.zeros((n_in, kh * kw * n_out), x.dtype), groups)
+    return gradient.reshape(n_in, kh, kw, n_out).transpose(1, 2, 0, 3)
 
 
 class CausalConv3d(nnx.Module):
@@ -131,5 +195,9 @@ class FrameConv2d(nnx.Module):
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1)),
     ) -> Float[Array, "B T H2 W2 O"]:
-        y = conv2d(x.reshape(-1, *x.shape[2:]), self.weight[...], stride=stride, padding=padding)
+        frames, weight = x.reshape(-1, *x.shape[2:]), self.weight[...]
+        if stride == 1 and padding == _same(weight) and chosen() == "taps":
+            y = conv2d_same(frames, weight)
+        else:
+            y = conv2d(frames, weight, stride=stride, padding=padding)
         return y.reshape(*x.shape[:2], *y.shape[1:]) + self.bias[...]
