@@ -13,6 +13,7 @@ from typing import Any
 
 from lavatar_jax.cli import configure_jax, parse_options, run, share_compiled
 from lavatar_jax.errors import UserError
+from lavatar_jax.huge_pages import start_with_huge_pages
 
 USAGE = (
     "usage: python train.py configs/NAME.py [--plan] [--option value ...]; configs/NAME.py --help lists them"
@@ -96,5 +97,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    start_with_huge_pages()
     configure_jax()
     sys.exit(run(lambda: main(sys.argv[1:])))

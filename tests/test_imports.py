@@ -14,6 +14,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "files": ("errors",),
     "config": ("errors",),
     "types": ("config",),
+    "huge_pages": (),
     "parallel": ("config", "errors"),
     "quant": (),
     "lora": ("config", "quant"),
