@@ -33,6 +33,12 @@ def get_config() -> DistillRun:
         # Muon would take as long as the critic's whole forward and backward pass, on such small batches.
         critic_optim=OptimConfig(kind="adamw"),
         train=LoopConfig(
-            seconds=2100, learning_rate=3e-4, batch=4, ema_decay=0.97, log_every=20, checkpoint_seconds=180
+            seconds=2100,
+            learning_rate=3e-4,
+            batch=4,
+            ema_decay=0.97,
+            precision="operands",
+            log_every=20,
+            checkpoint_seconds=180,
         ),
     )

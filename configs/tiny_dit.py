@@ -54,5 +54,13 @@ def get_config() -> DiTRun:
             sampled_clips=0.6,
             sampled_levels=tuple(schedule(SAMPLING).sigmas[:-1].tolist()),
         ),
-        train=LoopConfig(seconds=8400, learning_rate=2e-3, batch=8, ema_decay=0.995, checkpoint_seconds=180),
+        unroll=True,
+        train=LoopConfig(
+            seconds=8400,
+            learning_rate=2e-3,
+            batch=8,
+            ema_decay=0.995,
+            precision="operands",
+            checkpoint_seconds=180,
+        ),
     )

@@ -216,6 +216,7 @@ def train_forward(
     without: Bool[Array, " 2"] | None = None,
     mask: Bool[Any, "T T"] | None = None,
     remat: Remat = "none",
+    unroll: bool = False,
 ) -> Float[Array, "B F H W C"]:
     """Diffusion forcing: the whole clip in one pass, block-causal, one timestep (0..1000) per frame.
 
@@ -266,7 +267,18 @@ def train_forward(
     if mask is not None:
         attend = functools.partial(dot_product_attention, mask=mask)
     return _one_pass(
-        model, x, sequence, t_BF, text_BSE, audio, actor_mask_BPFHW, table, attend, latent_BFHWC, remat
+        model,
+        x,
+        sequence,
+        t_BF,
+        text_BSE,
+        audio,
+        actor_mask_BPFHW,
+        table,
+        attend,
+        latent_BFHWC,
+        remat,
+        unroll,
     )
 
 
@@ -317,6 +329,7 @@ def _one_pass(
     among: Attend,
     latent_BFHWC: Array,
     remat: Remat,
+    unroll: bool = False,
 ) -> Array:
     times = model.embed_time(jnp.asarray(timestep_sinusoid(t_BF, model.config.freq_dim)))
 
@@ -334,5 +347,6 @@ def _one_pass(
         audio=audio,
         actor_mask_BPFHW=actor_mask_BPFHW,
         remat=remat,
+        unroll=unroll,
     )
     return model.head(x[:, : sequence.noisy], times.e, latent_BFHWC)

@@ -59,6 +59,7 @@ class DiTRun(Run):
     """Everything that `train.py` can set for stage 1.
 
     `clip`: latent frames, rows and columns that `--plan` is made for; training takes what the records have.
+    `unroll`: layers one after the other, not in a loop: slower to compile, faster on CPUs.
     """
 
     out: str = "runs/dit"
@@ -68,6 +69,7 @@ class DiTRun(Run):
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)  # of the samples
     clip: tuple[int, int, int] = (12, 16, 16)
+    unroll: bool = False
 
     def make(self, rngs: nnx.Rngs) -> CausalDiT:
         return CausalDiT(self.model, rngs=rngs)
@@ -148,7 +150,12 @@ def draw_without(key: Array, config: ForcingConfig) -> Bool[Array, " 2"] | None:
 
 
 def make_loss(
-    merge: Merge[CausalDiT], model: DiTConfig, config: ForcingConfig, *, remat: Remat = "none"
+    merge: Merge[CausalDiT],
+    model: DiTConfig,
+    config: ForcingConfig,
+    *,
+    remat: Remat = "none",
+    unroll: bool = False,
 ) -> LossFn:
     """`loss(params, frozen, batch, key)` of `run_step`, for batches of `record_batches` of any shape.
 
@@ -187,6 +194,7 @@ def make_loss(
             blockwise_audio=True,
             without=draw_without(keys[3], config),
             remat=remat,
+            unroll=unroll,
         )
         error = jnp.mean(jnp.square(flow - velocity(x0, noise)), axis=-1)  # [B, F, H, W]
         mouth = batch["mouth"].astype(jnp.float32)[:, None]  # [B, 1, H, W] in [0, 1]
@@ -213,7 +221,7 @@ def train_dit(config: DiTRun) -> TrainState:
     size = source.buckets[0].latent_size
     note_other_clips(size[0], config.clip[0])
     merge = compute_in(weights.merge, train.precision)
-    loss = make_loss(merge, config.model, config.loss, remat=train.remat)
+    loss = make_loss(merge, config.model, config.loss, remat=train.remat, unroll=config.unroll)
     step_fn = run_step(config, loss, optimizer)
     state = create_state(weights.params, optimizer, train.seed, mesh=mesh)
     release(weights.params)

@@ -77,7 +77,10 @@ def _forcing(run: DiTRun) -> Subject:
     def loss_of(run: DiTRun) -> tuple[Weights[Any], LossFn]:
         weights = abstract_weights(run.make, run.lora)
         merge = compute_in(weights.merge, run.train.precision)
-        return weights, diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
+        loss = diffusion_forcing.make_loss(
+            merge, run.model, run.loss, remat=run.train.remat, unroll=run.unroll
+        )
+        return weights, loss
 
     return _transformer(run, loss_of)
 

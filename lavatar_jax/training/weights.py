@@ -27,7 +27,7 @@ from lavatar_jax.checkpoints.store import is_converted, load_params, model_folde
 from lavatar_jax.errors import UserError
 from lavatar_jax.parallel import put_tree, state_shardings
 from lavatar_jax.quant import QuantizedWeight, dotted
-from lavatar_jax.training.precision import Precision, dtype_of
+from lavatar_jax.training.precision import Stored, dtype_of
 from lavatar_jax.training.state import Merge, Params, split_model
 
 Model = TypeVar("Model")
@@ -47,7 +47,7 @@ class LoraConfig:
     rank: int = 0
     alpha: float = 64.0
     targets: str = lora.TARGETS
-    base: Precision = "bfloat16"
+    base: Stored = "bfloat16"
     init: str | None = None
 
 

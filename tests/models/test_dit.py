@@ -41,7 +41,7 @@ TIMES = np.linspace(100, 900, FRAMES, dtype=np.float32)[None]
 TEXT, AUDIO = normal(3, 1, 4, 6), normal(4, 1, 1, 2, 5, 4 * FRAMES)
 
 
-@functools.partial(jax.jit, static_argnames=("blockwise_audio", "remat"))
+@functools.partial(jax.jit, static_argnames=("blockwise_audio", "remat", "unroll"))
 def train(model: CausalDiT, latent=LATENT, audio=AUDIO, t=TIMES, **options) -> jax.Array:
     return train_forward(model, latent, t, text_BSE=TEXT, audio=audio, ref_B1HWC=REFERENCE, **options)
 
@@ -88,6 +88,19 @@ def largest(difference: jax.Array) -> float:
 def test_a_python_loop_over_the_layers_equals_the_scan() -> None:
     model = random_dit(CONFIG)
     np.testing.assert_allclose(stream(model, unroll=True), stream(model), atol=1e-5)
+
+
+def test_training_layer_by_layer_equals_the_scan_in_values_and_gradients() -> None:
+    model = random_dit(CONFIG)
+
+    @functools.partial(jax.jit, static_argnames="unroll")
+    @jax.value_and_grad
+    def both(model: CausalDiT, unroll: bool) -> jax.Array:
+        return jnp.mean(jnp.square(train(model, unroll=unroll)))
+
+    scan, loop = both(model, unroll=False), both(model, unroll=True)
+    for (path, a), b in zip(param_paths(scan).items(), jax.tree.leaves(loop), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
 def test_rematerialising_changes_neither_values_nor_gradients() -> None:
