@@ -97,6 +97,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    start_with_huge_pages()
+    start_with_huge_pages(__file__)
     configure_jax()
     sys.exit(run(lambda: main(sys.argv[1:])))
