@@ -277,14 +277,18 @@ def run_layers(
                 x = inject(x, slot)
         return (x, state), output
 
-    layer = with_remat(layer, remat)
     if not unroll:
         inputs = (model.blocks, text_LBSNH, jnp.asarray(slots), jnp.arange(config.layers), per_layer)
-        (x, state), outputs = jax.lax.scan(layer, (x_BTD, state), inputs)
+        (x, state), outputs = jax.lax.scan(with_remat(layer, remat), (x_BTD, state), inputs)
         return x, state, outputs
     carry, collected = (x_BTD, state), []
     for index in range(config.layers):
         block, text, extra = jax.tree.map(lambda leaf: leaf[index], (model.blocks, text_LBSNH, per_layer))  # noqa: B023
-        carry, output = layer(carry, (block, text, int(slots[index]), index, extra))
+
+        def this(carry: Any, parts: Any, index: int = index) -> Any:  # which layer it is stays a plain number
+            block, text, extra = parts
+            return layer(carry, (block, text, int(slots[index]), index, extra))
+
+        carry, output = with_remat(this, remat)(carry, (block, text, extra))
         collected.append(output)
     return *carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)

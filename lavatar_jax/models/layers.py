@@ -25,8 +25,8 @@ class Linear(nnx.Module):
 
     `float32` also asks for products that are not rounded to TF32 or bfloat16, whatever the device's default.
 
-    In place of the array, `weight` may hold a `quant.QuantizedWeight` or a `lora.AdaptedWeight`; the result
-    then has the bias's dtype.
+    In place of the array, `weight` may hold a `quant.QuantizedWeight`, a `lora.AdaptedWeight` or, in
+    training, a `precision.RoundedWeight`; the result then has the bias's dtype.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lavatar_jax.parallel import STACKED, gather_parts
+from lavatar_jax.parallel import STACKED, gather_parts, is_sharded
 from lavatar_jax.quant import is_quantized
 from lavatar_jax.training.state import Merge, Params
 
@@ -52,8 +52,9 @@ def _product_backward(saved: tuple[Array, Array], error: Array) -> tuple[Array, 
     error = error.astype(jnp.bfloat16)
     rows = tuple(range(x.ndim - 1))
     by_x = _contract(error, weight, (x.ndim - 1,), (1,))
-    if sum(x.shape[axis] > 1 for axis in rows) < 2:
-        # XLA's CPU backend (jax 0.10.2) has no kernel for a product of bfloat16 over one leading axis.
+    if is_sharded() or sum(x.shape[axis] > 1 for axis in rows) < 2:
+        # XLA's CPU backend (jax 0.10.2) refuses products of bfloat16 over one leading axis, and a device may
+        # have one sample only.
         x, error = x.astype(jnp.float32), error.astype(jnp.float32)
     return by_x, _contract(x, error, rows, rows)
 
@@ -77,9 +78,9 @@ class RoundedWeight:
 
 
 def multiplies_bfloat16(cpu: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the default device has instructions for products of bfloat16."""
+    """Whether the default device is a CPU with instructions for products of bfloat16."""
     if jax.default_backend() != "cpu":
-        return True
+        return False
     flags = cpu.read_text().split() if cpu.is_file() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
@@ -88,8 +89,7 @@ def compute_in(merge: Merge[Model], precision: Precision) -> Merge[Model]:
     """A `merge` for training steps: parameters are cast, and gathered where they are split over devices.
 
     Stacked layers stay split: the model gathers them one by one. Gradients arrive in the masters' float32.
-    `precision` "operands" is float32 where the device would gain nothing by it, where linear layers have
-    adapters, and in a VAE.
+    `precision` "operands" is float32 in a VAE, on GPUs, and on CPUs that would gain nothing by it.
     """
     if precision == "operands" and not multiplies_bfloat16():
         precision = "float32"
@@ -100,7 +100,9 @@ def compute_in(merge: Merge[Model], precision: Precision) -> Merge[Model]:
         chosen = {**chosen, **whole}
         if precision != "operands":
             return chosen
-        return {n: RoundedWeight(v) if is_quantized(n) else v for n, v in chosen.items()}
+        return {
+            n: RoundedWeight(v) if is_quantized(n.removesuffix(".base")) else v for n, v in chosen.items()
+        }
 
     def merged(params: Params, frozen: Params | None = None, /) -> Model:
         return merge(cast(params), cast(frozen or {}))

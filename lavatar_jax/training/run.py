@@ -22,6 +22,7 @@ from lavatar_jax.training.distributed import DistributedConfig, first_process_on
 from lavatar_jax.training.logs import LogConfig
 from lavatar_jax.training.loop import Feed, LoopConfig, State, StepFn, fit
 from lavatar_jax.training.optim import OptimConfig
+from lavatar_jax.training.precision import multiplies_bfloat16
 from lavatar_jax.training.samples import SamplesConfig
 from lavatar_jax.training.state import LossFn, TrainStep, make_train_step
 
@@ -79,6 +80,11 @@ def fit_run(
         raise UserError(
             "--samples.every 0 shows none of the records that --samples.records holds out, and this stage "
             "measures nothing on them: give --samples.records 0"
+        )
+    if run.train.precision == "operands" and not multiplies_bfloat16():
+        print(
+            "note: --train.precision operands is float32 here: no CPU that multiplies bfloat16",
+            file=sys.stderr,
         )
     with contextlib.ExitStack() as held:
         first_process_only(lambda: held.enter_context(lock_folder(Path(run.out))))

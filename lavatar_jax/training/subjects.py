@@ -77,10 +77,8 @@ def _forcing(run: DiTRun) -> Subject:
     def loss_of(run: DiTRun) -> tuple[Weights[Any], LossFn]:
         weights = abstract_weights(run.make, run.lora)
         merge = compute_in(weights.merge, run.train.precision)
-        loss = diffusion_forcing.make_loss(
-            merge, run.model, run.loss, remat=run.train.remat, unroll=run.unroll
-        )
-        return weights, loss
+        # In a loop, whatever `run.unroll` says: what is kept of a layer is the same.
+        return weights, diffusion_forcing.make_loss(merge, run.model, run.loss, remat=run.train.remat)
 
     return _transformer(run, loss_of)
 

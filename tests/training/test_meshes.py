@@ -25,7 +25,7 @@ from lavatar_jax.parallel import (
     state_shardings,
     train_mesh,
 )
-from lavatar_jax.training import decoder, diffusion_forcing, distill, ode_init, stages, vae
+from lavatar_jax.training import decoder, diffusion_forcing, distill, ode_init, precision, stages, vae
 from lavatar_jax.training.diffusion_forcing import DiTRun
 from lavatar_jax.training.distill import DistillRun
 from lavatar_jax.training.loop import LoopConfig
@@ -83,6 +83,16 @@ def test_a_batch_in_parts_equals_the_whole(alone: list[float], tmp_path: Path):
     loop = LoopConfig(learning_rate=0.01, warmup=0.0, batch=BATCH, accumulate=2)
     train_dit(tmp_path, mesh, loop=loop, begun=begin(mesh, dit=True, accumulate=2))
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+
+
+def test_rounded_operands_compute_on_devices_with_one_sample_each(alone, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    mesh = mesh_of(2, 1, 1)
+    loop = LoopConfig(learning_rate=0.01, warmup=0.0, batch=BATCH, accumulate=4)
+    begun = begin(mesh, dit=True, accumulate=4, precision="operands")
+    train_dit(tmp_path, mesh, loop=loop, begun=begun)
+    assert losses(tmp_path) != alone
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-2)
 
 
 def test_parameters_are_split_along_their_longest_free_axis():

@@ -16,6 +16,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from lavatar_jax.parallel import is_sharded
+
 Implementation = Literal["auto", "taps", "plain"]
 
 # How causal convolutions are computed where the caller does not say; read when a function is traced.
@@ -23,12 +25,14 @@ Implementation = Literal["auto", "taps", "plain"]
 #   "taps":  the time taps concatenated into the channels of one 2-D convolution.
 #   "auto":  "taps" on CPUs, "plain" elsewhere.
 # XLA's CPU backend lowers 2-D convolutions to a fast contraction and 3-D ones to a slow loop. Forward and
-# forward + backward in ms on two AVX-512 cores, 3x3x3 taps:
+# forward + backward (with XLA's own gradients) in ms on two AVX-512 cores, 3x3x3 taps:
 #                           plain      taps      sum of 2-D convolutions   im2col + matmul
 #   (6,5,32,32,48) -> 48    43 / 163   19 / 120  20 / 115                  93 / 140
 #   (6,5,16,16,96) -> 96    25 /  94   13 /  50  18 /  81                  88 / 139
 IMPLEMENTATION: Implementation = "auto"
-AT_ONCE = 4096  # positions in a matrix product of `kernel_gradient`; more do not stay in a core's cache
+AT_ONCE = (
+    4096  # positions of small pictures in a matrix product of `kernel_gradient`; of large ones, a picture
+)
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
@@ -48,7 +52,7 @@ def conv2d(
     )
 
 
-def chosen(implementation: Implementation | None = None) -> Literal["taps", "plain"]:
+def _chosen(implementation: Implementation | None = None) -> Literal["taps", "plain"]:
     """What is computed for `implementation` (None: `IMPLEMENTATION`) on the default device."""
     implementation = implementation or IMPLEMENTATION
     if implementation == "auto":
@@ -66,7 +70,7 @@ def time_conv3d(
     """3-D convolution without padding in time ((T - kt) // time_stride + 1 outputs), zero-padded in space."""
     kt, kh, kw, n_in, n_out = weight.shape
     batch, frames, height, width, _ = x.shape
-    if chosen(implementation) == "plain":
+    if _chosen(implementation) == "plain":
         return lax.conv_general_dilated(
             x,
             weight,
@@ -77,10 +81,10 @@ def time_conv3d(
     last = frames - kt + 1  # one past the first frame of the last window
     taps = jnp.concatenate([x[:, i : last + i : time_stride] for i in range(kt)], axis=-1)
     out_frames = taps.shape[1]
-    y = conv2d_same(
-        taps.reshape(batch * out_frames, height, width, kt * n_in),
-        jnp.moveaxis(weight, 0, 2).reshape(kh, kw, kt * n_in, n_out),
-    )
+    images = taps.reshape(batch * out_frames, height, width, kt * n_in)
+    kernel = jnp.moveaxis(weight, 0, 2).reshape(kh, kw, kt * n_in, n_out)
+    # The fast gradient would bring the frames of all devices together.
+    y = conv2d(images, kernel, padding=_same(kernel)) if is_sharded() else conv2d_same(images, kernel)
     return y.reshape(batch, out_frames, height, width, n_out)
 
 
@@ -126,10 +130,12 @@ def kernel_gradient(
     """
     (frames, height, width, n_in), n_out = x.shape, error.shape[-1]
     kh, kw = kernel
+    given = x.dtype
     group = max(1, min(frames, AT_ONCE // (height * width)))  # frames
     rest = -frames % group
-    x = jnp.pad(x, ((0, rest), (0, 0), (0, 0), (0, 0)))
-    error = jnp.pad(error, ((0, rest), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # many frames are summed up
+    x = jnp.pad(x.astype(dtype), ((0, rest), (0, 0), (0, 0), (0, 0)))
+    error = jnp.pad(error.astype(dtype), ((0, rest), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
 
     def add(gradient: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         some, errors = pair
@@ -140,8 +146,8 @@ def kernel_gradient(
         return gradient + some.reshape(-1, n_in).T @ errors.reshape(-1, kh * kw * n_out), None
 
     groups = (x.reshape(-1, group, *x.shape[1:]), error.reshape(-1, group, *error.shape[1:]))
-    gradient, _ = lax.scan(add, jnp.zeros((n_in, kh * kw * n_out), x.dtype), groups)
-    return gradient.reshape(n_in, kh, kw, n_out).transpose(1, 2, 0, 3)
+    gradient, _ = lax.scan(add, jnp.zeros((n_in, kh * kw * n_out), dtype), groups)
+    return gradient.reshape(n_in, kh, kw, n_out).transpose(1, 2, 0, 3).astype(given)
 
 
 class CausalConv3d(nnx.Module):
@@ -196,7 +202,8 @@ class FrameConv2d(nnx.Module):
         padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1)),
     ) -> Float[Array, "B T H2 W2 O"]:
         frames, weight = x.reshape(-1, *x.shape[2:]), self.weight[...]
-        if stride == 1 and padding == _same(weight) and chosen() == "taps":
+        same = stride == 1 and padding == _same(weight) and all(side % 2 for side in weight.shape[:2])
+        if same and _chosen() == "taps" and not is_sharded():
             y = conv2d_same(frames, weight)
         else:
             y = conv2d(frames, weight, stride=stride, padding=padding)
