@@ -1,7 +1,7 @@
 """Write the VAE of a run as a PyTorch file: `python tools/export_vae.py RUN --out Wan2.1_VAE.safetensors`.
 
 Names and layouts are the published ones, numbers the run's averages in float32. `tools/convert.py` takes the
-file in place of a published folder's `Wan2.1_VAE.pth`. Only the decoder may be new there
+file where it lies beside a published folder's `Wan2.1_VAE.pth`. Only the decoder may be new there
 (`--loss.decoder-only`), as the transformer knows the latents of the published encoder.
 """
 

@@ -31,11 +31,12 @@ TOKENIZER = "google/umt5-xxl"
 SPEECH = "wav2vec2-large-xlsr-53-english"
 AREA = (720, 400)  # pixels; the released scripts' default, for photos of all proportions
 
-# Files of each component, the first that is there is read. Those ending in .pth or .bin need torch.
+# Files of each component, the first that is there is read. Those ending in .pth or .bin need torch. What is
+# published of VAE and text encoder is the .pth: who put the other one beside it, wants that one read.
 FILES: dict[str, tuple[str, ...]] = {
     "dit": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
-    "vae": ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
-    "text": ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
+    "vae": ("Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"),
+    "text": ("models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
     "speech": (f"{SPEECH}/model.safetensors", f"{SPEECH}/pytorch_model.bin"),
 }
 RULES: dict[str, list[Rule]] = {
@@ -257,7 +258,7 @@ def make_component(name: str, config: Any) -> Any:
 def _open(folder: Path, names: tuple[str, ...], open_pickle: Open) -> Tensors:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        raise UserError(f"{folder / names[0]} is missing (and so is {names[1]}); copy it there")
+        raise UserError(f"{' or '.join(str(folder / name) for name in names)} is missing; copy it there")
     return open_pickle(path) if path.suffix in (".pth", ".bin") else open_safetensors(path)
 
 

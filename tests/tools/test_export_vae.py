@@ -32,8 +32,7 @@ def test_what_was_trained_is_what_a_conversion_has(
     trained = param_paths(random_vae(model, seed=3))
     write_run(run, trained)
     wan = write_published(tmp_path / "published").wan
-    (wan / published.VAE).unlink()
-    file = wan / "Wan2.1_VAE.safetensors"
+    file = wan / "Wan2.1_VAE.safetensors"  # is read, not the .pth beside it
     main([run.out, "--out", str(file)])
     assert f"{len(published.vae_shapes())} tensors" in capsys.readouterr().out
     convert_folder(Task(wan=wan, out=tmp_path / "model"), PickledTensors)
