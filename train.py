@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def main(arguments: list[str]) -> None:
         print(plan_text(config, subject(config), counts=plan.plan_devices, gpu=plan.plan_gpu.lower()))
         return
 
+    if hasattr(signal, "SIGUSR1"):  # asks for a profile; who asks before the training begins, must not end it
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     import jax
 
     from lavatar_jax.training.distributed import initialize, is_out_of_memory, no_room
