@@ -134,8 +134,9 @@ class RunCheckpoints:
         ]
         if wrong:
             raise UserError(
-                f"the checkpoint in {self.folder} is of another model ({len(wrong)} differences, first: "
-                f"{wrong[0]}); choose another --out or remove that folder"
+                f"the checkpoint in {self.folder} is of another model, or of options that give the state "
+                f"other parts (docs/training.md; {len(wrong)} differences, first: {wrong[0]}); choose "
+                "another --out or remove that folder"
             )
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
