@@ -258,6 +258,7 @@ def test_inspection_tells_complete_from_damaged(bf16: Path, tmp_path: Path, caps
     assert str(chunk) in capsys.readouterr().err
     (folder / "manifest.json").unlink()
     assert command(inspect_main, folder) == 2
+    assert "manifest.json" in capsys.readouterr().err
 
 
 def test_every_tensor_of_the_published_size_has_its_place() -> None:

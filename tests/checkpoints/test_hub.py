@@ -75,5 +75,5 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "./a/b", "a/b/c", "../b"])
 def test_a_path_that_does_not_exist_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"no such folder \(or give OWNER/MODEL"):
         resolve(name, ["config.json"])

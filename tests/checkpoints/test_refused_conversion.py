@@ -50,9 +50,7 @@ def test_a_missing_or_truncated_shard_is_named(broken: Path, capsys) -> None:
     os.truncate(shard, shard.stat().st_size - 10)
     error = refused(broken, capsys)
     assert f"{shard} is cut off" in error
-    assert (
-        f"the tensor {max(load_index(broken, shard.name))} is not complete" in error or "the tensor" in error
-    )
+    assert any(f"the tensor {key} is not complete" in error for key in load_index(broken, shard.name))
     shard.unlink()
     error = refused(broken, capsys)
     assert f"{shard}: this shard is missing" in error
@@ -102,9 +100,7 @@ def test_another_architecture_is_refused(broken: Path, capsys, change: dict, mes
     edit_config(broken, **change)
     error = refused(broken, capsys)
     assert message in error
-    assert (
-        "config.json" in error or "diffusion_pytorch_model" in error or "Wan2.2" in error or "wan:" in error
-    )
+    assert str(broken) in error or error.startswith(("error: config.json: ", f"error: {broken.name}: "))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import shutil
 import wave
 
 import numpy as np
@@ -16,8 +15,15 @@ from lavatar_jax.data.speech import (
 )  # fmt: skip
 from lavatar_jax.errors import UserError
 from lavatar_jax.models.speech_level import normalise_level, speech_level_db
+from tests.programs import need_program
 
-needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+
+@pytest.fixture
+def espeak() -> None:
+    need_program("espeak-ng", "espeak-ng")
+
+
+needs_espeak = pytest.mark.usefixtures("espeak")
 ESPEAK = Voice(program="espeak-ng", name="en-us+m1")
 
 

@@ -1,6 +1,7 @@
 """A text encoder that stays: what it reads is remembered, within bounds, and read once."""
 
 import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def encode(encoder: str, tokenizer: str, words: str, length: int) -> jnp.ndarray:
         assert (encoder, length) == ("the encoder", CONFIG.dit.text_len)
+        time.sleep(0.02)  # others come meanwhile
         found.append(words)
         return jnp.full((1, length, 2), float(len(words)))
 

@@ -307,7 +307,8 @@ def test_a_fault_closes_its_session_only(fault: str) -> None:
             assert bad.reason.startswith("failed: ")
             with pytest.raises(UserError, match="the session is closed"):
                 bad.push_audio(speech(1))
-            host.open(photo(3))  # its place is free
+            for _ in range(SLOTS - 1):  # its place is free
+                host.open(photo(3))
         return frames_of(blocks)
 
     np.testing.assert_array_equal(run_with(True), run_with(False))

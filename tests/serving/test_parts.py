@@ -30,6 +30,7 @@ from lavatar_jax.serving.speech import check_voice
 from lavatar_jax.serving.tts import Festival, Flite, HttpSpeech, find_tts
 from lavatar_jax.serving.uploads import Resampler
 from lavatar_jax.serving.watermark import Watermark
+from tests.programs import need_program
 
 RATE = 16_000
 RNG = np.random.default_rng(0)
@@ -296,8 +297,7 @@ def test_the_longest_recording(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("program", "kind"), [("flite", Flite), ("text2wave", Festival)])
 def test_installed_programs(program: str, kind: type) -> None:
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+    need_program(program, kind.name)
     tts = kind()
     samples = tts.speak("-o hello; touch x $(id) `id`\nthere", tts.voices[0])
     assert 0.5 < len(samples) / RATE < 12

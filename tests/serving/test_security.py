@@ -13,7 +13,6 @@ from starlette.datastructures import Headers
 from starlette.websockets import WebSocketDisconnect
 
 from lavatar_jax import cli
-from lavatar_jax.checkpoints import store
 from lavatar_jax.errors import UserError
 from lavatar_jax.serving import security, server
 from lavatar_jax.serving.consent import STATEMENT
@@ -97,7 +96,7 @@ def test_no_server_for_others_without_a_key(
         pytest.fail("it would be served")
 
     monkeypatch.delenv("LAVATAR_API_KEY", raising=False)
-    monkeypatch.setattr(store, "load_model_folder", started)  # what comes first
+    monkeypatch.setattr("lavatar_jax.inference.load_host.load_model_folder", started)  # what comes first
     monkeypatch.setattr(server, "serve", started)
     assert cli.run(lambda: main(["live", "--host", host])) == 2
     assert "API key" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import io
+import itertools
 import json
 import os
 import struct
@@ -170,7 +171,7 @@ def test_interrupt_drops_what_waits(served: Served) -> None:
         socket.event("agent.speech_ended")
 
 
-def test_pieces_of_speech_are_levelled_and_bounded(tmp_path) -> None:
+def test_pieces_of_speech_are_bounded(tmp_path) -> None:
     with serving(tmp_path, limits={"sound_seconds": 5.0}) as served:
         session = served.open()
         with session.stream() as raw:
@@ -276,8 +277,8 @@ def test_connections_of_one_session(tmp_path) -> None:
 def test_a_client_that_does_not_read_disturbs_nobody(served: Served) -> None:
     """What it misses is left out, and it goes on with a keyframe."""
     session = served.open()
-    with session.stream() as raw:
-        socket = Socket(raw)
+    with session.stream() as raw, session.stream("viewer_token") as undisturbed:
+        socket, other = Socket(raw), Socket(undisturbed)
         socket.watch(0.5)
         connection = session.room.connections[0]
         real, connection._socket.send_bytes = connection._socket.send_bytes, _never
@@ -285,6 +286,14 @@ def test_a_client_that_does_not_read_disturbs_nobody(served: Served) -> None:
         connection._socket.send_bytes = real
         assert connection._out.qsize() <= 60
         assert served.services.metrics.dropped_frames._value.get() >= 1
+        socket.watch(4.0)
+        videos = [m for m in socket.media if m[0] == VIDEO]
+        after_gaps = [m for last, m in itertools.pairwise(videos) if m[2] > last[2] + 1]
+        assert after_gaps
+        assert all(m[1] & KEYFRAME for m in after_gaps)
+        other.watch(0.5)
+        numbers = [m[2] for m in other.media if m[0] == VIDEO]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 async def _never(data: bytes) -> None:

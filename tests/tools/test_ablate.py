@@ -105,14 +105,18 @@ def test_blocks_of_all_lengths_see_as_much_history() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="ablate.py draws with the extra `plots`")
     ablate.draw({"a": [{"at_10": 1.0, "at_100": 2.0}, {"at_10": 1.5, "at_100": 2.5}]}, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--model", "folder"], ["--only", "nothing of this name"], ["--model", "2 steps=folder"]]
+    ("wrong", "message"),
+    [
+        (["--model", "folder"], "NAME=FOLDER"),
+        (["--only", "nothing of this name"], "no variant has"),
+        (["--model", "2 steps=folder"], "has this name already"),
+    ],
 )
-def test_wrong_arguments_get_one_line(wrong, tmp_path) -> None:
-    with pytest.raises(UserError):
+def test_wrong_arguments_get_one_line(wrong, message, tmp_path) -> None:
+    with pytest.raises(UserError, match=message):
         ablate.main([*wrong, "--out", str(tmp_path)])

