@@ -286,10 +286,14 @@ class Room:
         if recording is None:
             raise ApiError(404, "not_found", "There is no recording of this session.")
         was_on = recording.state == "on"
-        await asyncio.to_thread(self._complete, recording)
+        await self.completed(recording)
         if was_on and recording is self.recording:  # else the next one is running, which has been told
             self.tell({"type": "recording.stopped", "recording": recording.about()})
         return recording
+
+    async def completed(self, recording: Recording) -> None:
+        """Ends a recording, and waits until it is signed."""
+        await asyncio.to_thread(self._complete, recording)
 
     def _complete(self, recording: Recording) -> None:
         """Closes and signs a recording, once; blocks."""
@@ -314,7 +318,7 @@ class Room:
 
     async def _tell_failed(self, recording: Recording, message: str) -> None:
         """Once it is signed: who is told may ask for it at once."""
-        await asyncio.to_thread(self._complete, recording)
+        await self.completed(recording)
         if recording is self.recording:
             error = {"code": "not_available", "message": message}
             self.tell({"type": "recording.failed", "error": error})

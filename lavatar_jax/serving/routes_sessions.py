@@ -184,9 +184,11 @@ async def linked_recording(ticket: str, request: Request) -> Response:
 
 
 async def recorded(room: Room) -> Response:
-    """The file as long as it is now; of a session that ends, the whole of it."""
+    """The file as long as it is now; the whole of it, signed, where the session or the recording ends."""
     if room.reason is not None:
         await room.gone.wait()
+    elif room.recording is not None and room.recording.state != "on":
+        await room.completed(room.recording)
     return Snapshot(check_recorded(room), media_type="video/mp4", filename="avatar.mp4")
 
 

@@ -91,6 +91,28 @@ def test_the_recording_is_complete_when_the_end_is_told(served: Served) -> None:
         assert session.room.recording.signed
 
 
+def test_a_recording_that_is_being_signed_is_waited_for(served: Served) -> None:
+    session = served.open(options={"record": True})
+    wait_for(lambda: session.room.recording.bytes)
+    signing, go = threading.Event(), threading.Event()
+
+    def sign(path: Path) -> None:
+        signing.set()
+        assert go.wait(20)
+        path.write_bytes(b"signed")
+
+    session.room._sign = sign
+    with ThreadPoolExecutor() as pool:
+        stopped = pool.submit(session.request, "DELETE", "/recording")
+        assert signing.wait(20)
+        wanted = pool.submit(session.request, "GET", "/recording")
+        with pytest.raises(TimeoutError):
+            wanted.result(timeout=0.5)
+        go.set()
+        assert wanted.result().content == b"signed"
+        assert stopped.result().json()["signed"] is True
+
+
 def test_a_recording_that_begins_while_the_last_one_is_signed_is_kept(served: Served) -> None:
     session = served.open(options={"record": True})
     wait_for(lambda: session.room.recording.bytes)
