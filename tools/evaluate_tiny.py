@@ -77,6 +77,7 @@ LABELS: dict[str, tuple[str, int]] = {
     "sharpness": ("sharpness against truth", 2),
     "head_motion": ("head-motion deviation against truth", 2),
     "blinks": ("blinks a minute", 1),
+    "partial_blinks": ("blinks a minute that close lids by a third or more", 1),
     "true_blinks": ("blinks a minute in the true clips", 1),
     "smile_as_asked": ("expression as the prompt asks, share", 2),
     "head_as_asked": ("head motion as the prompt asks, share", 2),

@@ -69,7 +69,7 @@ def speech_numbers(videos: Sequence[Floats], clips: Sequence[Clip], probes: Sequ
     """
     readings = [probe.measure(video) for probe, video in zip(probes, videos, strict=True)]
     lengths = [len(video) for video in videos]
-    opening = [reading.mouth_open for reading in readings]
+    opening, lids = [reading.mouth_open for reading in readings], [reading.blink for reading in readings]
     seen = [
         probe.measure(clip.video[1 : n + 1]) for probe, clip, n in zip(probes, clips, lengths, strict=True)
     ]
@@ -89,7 +89,8 @@ def speech_numbers(videos: Sequence[Floats], clips: Sequence[Clip], probes: Sequ
         ),
         "head_motion": _mean(map(metrics.head_deviation, readings))
         / _mean(map(metrics.head_deviation, seen)),
-        "blinks": sum(metrics.count_blinks(reading.blink) for reading in readings) / minutes,
+        "blinks": sum(map(metrics.count_blinks, lids)) / minutes,
+        "partial_blinks": sum(metrics.count_blinks(track, 0.3, 0.15) for track in lids) / minutes,
         "true_blinks": sum(metrics.count_blinks(reading.blink) for reading in seen) / minutes,
         **_as_asked(readings, clips),
     }

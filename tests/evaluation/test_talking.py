@@ -1,5 +1,7 @@
 """What is said of videos: the truth is perfect, and what is changed about it shows in the right number."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_the_truth_is_perfect(clips: list[Clip], probes: list[FaceProbe]) -> Non
     assert [numbers[name] for name in ("openness_variance", "head_motion", "sharpness")] == pytest.approx(
         [1] * 3
     )
-    assert numbers["blinks"] == numbers["true_blinks"]
+    assert numbers["blinks"] == numbers["partial_blinks"] == numbers["true_blinks"] > 0
     assert numbers["smile_as_asked"] == numbers["head_as_asked"] == 1.0
 
 
@@ -60,6 +62,17 @@ def test_what_is_changed_shows(clips: list[Clip], probes: list[FaceProbe]) -> No
     assert frozen["head_motion"] < 0.01
     assert frozen["blinks"] == 0
     assert frozen["head_as_asked"] == 0.5, "only one of them was asked to keep still"
+
+
+def test_lids_that_half_close_are_told_from_blinks(clips: list[Clip], probes: list[FaceProbe]) -> None:
+    draw = jax.jit(lambda identity, motion: render(identity, motion, SIZE))
+    sleepy = [
+        np.asarray(draw(clip.identity, dataclasses.replace(clip.motion, blink=0.45 * clip.motion.blink)))
+        for clip in clips
+    ]
+    numbers = speech_numbers([video[1:] for video in sleepy], clips, probes)
+    assert numbers["blinks"] == 0
+    assert numbers["partial_blinks"] == numbers["true_blinks"]
 
 
 def test_the_probe_itself_is_qualified(clips: list[Clip], probes: list[FaceProbe]) -> None:
