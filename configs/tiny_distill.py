@@ -33,7 +33,7 @@ def get_config() -> DistillRun:
         # Muon would take as long as the critic's whole forward and backward pass, on such small batches.
         critic_optim=OptimConfig(kind="adamw"),
         train=LoopConfig(
-            seconds=2100,
+            seconds=1500,
             learning_rate=3e-4,
             batch=4,
             ema_decay=0.97,

@@ -56,7 +56,7 @@ def get_config() -> DiTRun:
         ),
         unroll=True,
         train=LoopConfig(
-            seconds=8400,
+            seconds=6500,
             learning_rate=2e-3,
             batch=8,
             ema_decay=0.995,

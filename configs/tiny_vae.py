@@ -30,5 +30,5 @@ def get_config() -> VAERun:
         samples=SamplesConfig(records=3),
         data=ClipsConfig(clips=1400, crop_frames=25),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),
-        train=LoopConfig(seconds=7500, learning_rate=4e-3, batch=2, ema_decay=0.99, checkpoint_seconds=120),
+        train=LoopConfig(seconds=5000, learning_rate=4e-3, batch=2, ema_decay=0.99, checkpoint_seconds=120),
     )

@@ -20,5 +20,5 @@ def get_config() -> VAERun:
             folder="runs/clips_long", clips=300, frames=97, crop_frames=97, full_share=0.08, seed=1
         ),
         loss=VAELossConfig(kl=4e-4, latent_noise=0.02, square=8.0),
-        train=LoopConfig(seconds=1800, learning_rate=2e-3, batch=1, ema_decay=0.99, checkpoint_seconds=120),
+        train=LoopConfig(seconds=1500, learning_rate=2e-3, batch=1, ema_decay=0.99, checkpoint_seconds=120),
     )
