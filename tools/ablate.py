@@ -185,7 +185,17 @@ def spread(results: dict[str, list[Numbers]]) -> str:
 
 
 def draw(results: dict[str, list[Numbers]], path: Path) -> None:
-    """Colour error at the moments, one line a variant, with the range over seeds; none without matplotlib."""
+    """Colour error at the moments, one line a variant of two or more of them, with the range over seeds.
+
+    No picture without such a variant, or without matplotlib.
+    """
+    read = {
+        variant: [moment for moment in MOMENTS if all(f"at_{moment:.0f}" in run for run in runs)]
+        for variant, runs in results.items()
+    }
+    lines = {variant: moments for variant, moments in read.items() if len(moments) > 1}
+    if not lines:
+        return
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -193,11 +203,8 @@ def draw(results: dict[str, list[Numbers]], path: Path) -> None:
         return
     figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
-    for variant, runs in results.items():
-        moments = [moment for moment in MOMENTS if all(f"at_{moment:.0f}" in run for run in runs)]
-        if len(moments) < 2:
-            continue
-        values = np.array([[run[f"at_{moment:.0f}"] for moment in moments] for run in runs])
+    for variant, moments in lines.items():
+        values = np.array([[run[f"at_{moment:.0f}"] for moment in moments] for run in results[variant]])
         (line,) = axes.plot(moments, values.mean(axis=0), marker="o", label=variant)
         axes.fill_between(moments, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
     axes.set(xscale="log", xlabel="seconds of video", ylabel="colour error (of 255)")

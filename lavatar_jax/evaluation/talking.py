@@ -97,16 +97,20 @@ def speech_numbers(videos: Sequence[Floats], clips: Sequence[Clip], probes: Sequ
 
 
 def colour_numbers(videos: Sequence[Floats], clips: Sequence[Clip]) -> Numbers:
-    """Colour error of each region, their mean, the worst, and the error against somebody else's colours."""
+    """Colour error of each region, their mean, the worst, and the error against somebody else's colours.
+
+    The error of a region that none of the videos shows (hair, of the bald) is nan, and counts for neither.
+    """
     errors = [metrics.colour_error(video, clip.identity) for video, clip in zip(videos, clips, strict=True)]
     regions = {
         f"colour_{name}": _mean(error[name].mean() for error in errors if name in error)
         for name in metrics.COLOUR_REGIONS
     }
+    seen = [error for error in regions.values() if not np.isnan(error)]
     wrong = [identity_error(video, clips[index - 1]) for index, video in enumerate(videos)]
     return {
-        "colour": _mean(regions.values()),
-        "colour_worst": max(regions.values()),
+        "colour": _mean(seen),
+        "colour_worst": max(seen),
         **regions,
         "colour_wrong_person": _mean(wrong),
         "flicker": _mean(metrics.flicker(v, c.identity) for v, c in zip(videos, clips, strict=True)),
@@ -120,4 +124,5 @@ def identity_error(video: Floats, clip: Clip) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean([float(value) for value in values]))
+    found = [float(value) for value in values]
+    return float(np.mean(found)) if found else float("nan")

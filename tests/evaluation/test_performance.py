@@ -11,7 +11,7 @@ from lavatar_jax.data.faces import draw_identity, neutral_motion, render
 from lavatar_jax.data.motion import Manner
 from lavatar_jax.data.talking_clips import Clip
 from lavatar_jax.evaluation import performance
-from lavatar_jax.evaluation.metrics import flicker
+from lavatar_jax.evaluation.metrics import colour_error, flicker
 from lavatar_jax.evaluation.talking import colour_numbers, identity_error
 
 BLOCKS = 14
@@ -71,3 +71,16 @@ def test_the_truth_has_no_colour_error_and_does_not_flicker(clip) -> None:
     assert identity_error(clip.video, other) > 10
     noise = np.random.default_rng(1).normal(0, 0.1, clip.video.shape)
     assert flicker(clip.video + noise, clip.identity) > 5
+
+
+def test_hair_that_nobody_has_is_no_error(clip) -> None:
+    person, look = jax.jit(lambda i: draw_identity(i, "heldout")), jax.jit(lambda i, m: render(i, m, 128))
+    bald = next(
+        dataclasses.replace(clip, identity=someone)
+        for someone in map(person, range(20))
+        if "hair" not in colour_error(clip.video, someone)
+    )
+    video = np.broadcast_to(np.asarray(look(bald.identity, neutral_motion(1))), clip.video.shape)
+    numbers = colour_numbers([video], [bald])
+    assert np.isnan(numbers["colour_hair"])
+    assert numbers["colour"] <= numbers["colour_worst"] < 1.5

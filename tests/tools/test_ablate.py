@@ -109,6 +109,11 @@ def test_the_picture_is_drawn(tmp_path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+def test_one_moment_is_no_line(tmp_path) -> None:
+    ablate.draw({"a": [{"at_10": 1.0}]}, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
