@@ -117,6 +117,13 @@ def colour_numbers(videos: Sequence[Floats], clips: Sequence[Clip]) -> Numbers:
     }
 
 
+def over_seeds(runs: Sequence[Numbers]) -> tuple[Numbers, Numbers]:
+    """Means of the same numbers of several runs, and their standard deviations; those only of two or more."""
+    values = {name: [run[name] for run in runs] for name in runs[0]}
+    spread = {name: float(np.std(found)) for name, found in values.items()} if len(runs) > 1 else {}
+    return {name: _mean(found) for name, found in values.items()}, spread
+
+
 def identity_error(video: Floats, clip: Clip) -> float:
     """Mean colour error of a video's regions, in levels of 255."""
     errors = metrics.colour_error(video, clip.identity)

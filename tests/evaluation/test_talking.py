@@ -10,7 +10,7 @@ from lavatar_jax.data.faces import draw_identity, render
 from lavatar_jax.data.motion import Manner, talking_motion
 from lavatar_jax.data.talking_clips import Clip
 from lavatar_jax.evaluation.probe import FaceProbe
-from lavatar_jax.evaluation.talking import probe_numbers, speech_numbers
+from lavatar_jax.evaluation.talking import over_seeds, probe_numbers, speech_numbers
 
 SIZE, FRAMES = 96, 97
 
@@ -81,3 +81,9 @@ def test_the_probe_itself_is_qualified(clips: list[Clip], probes: list[FaceProbe
     assert numbers["probe_openness_variance"] == pytest.approx(1.0, abs=0.15)
     assert numbers["probe_head_motion"] == pytest.approx(1.0, abs=0.15)
     assert numbers["probe_smile_as_asked"] == numbers["probe_head_as_asked"] == 1.0
+
+
+def test_numbers_of_several_noises_are_told_with_their_spread() -> None:
+    runs = [{"blinks": 8.0, "lag": 0.0}, {"blinks": 10.0, "lag": 0.0}]
+    assert over_seeds(runs) == ({"blinks": 9.0, "lag": 0.0}, {"blinks": 1.0, "lag": 0.0})
+    assert over_seeds(runs[:1]) == ({"blinks": 8.0, "lag": 0.0}, {})
