@@ -1,6 +1,6 @@
 """Optional, between stages 1 and 2 of the small model: a student that follows its teacher's paths.
 
-Then `python train.py configs/tiny_distill.py --init runs/ode --teacher runs/dit`.
+Then `python train.py configs/tiny_distill.py --init runs/ode --teacher runs/dit_long`.
 """
 
 from configs.tiny_dit import MODEL, SAMPLING
@@ -17,7 +17,7 @@ from lavatar_jax.training.self_forcing import SelfForcingConfig
 
 def get_config() -> OdeRun:
     return OdeRun(
-        init="runs/dit",
+        init="runs/dit_long",
         model=MODEL,
         data=LatentsConfig(),
         samples=SamplesConfig(records=3),

@@ -1,6 +1,6 @@
 """Students that were trained otherwise, for tools/ablate.py: each differs from the first in one option.
 
-    python tools/ablate_training.py [--teacher runs/dit] [--vae runs/decoder] [--steps 200] [-- OPTION ...]
+    python tools/ablate_training.py [--teacher runs/dit_long] [--vae runs/decoder] [--steps 200] [-- OPTION]
     python tools/ablate_training.py --teacher tiny_forcing --vae tiny -- --data.vae tiny   # shipped models
 
 All train for as many steps from the same model of stage 1, but for the last two, which compare stage 1 with
@@ -28,6 +28,8 @@ from tools.package_model import Arguments, package
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_1, ODE, STAGE_2 = (f"configs/tiny_{name}.py" for name in ("dit", "ode", "distill"))
 SYNC_REWARD = ("--dyna.alpha", "0.5", "--dyna.rewards", "lavatar_jax.training.rewards:mouth_sync", "1")
+# In so few steps heads move too little without guidance by the prompt.
+STAGE_2_OPTIONS = ("--loss.text-guidance", "0.5")
 # The records have three latent frames before each clip, of 9 video frames.
 SCAFFOLD = ("--model.use-motion", "--model.motion-frames", "9", "3")
 
@@ -62,7 +64,7 @@ VARIANTS = {
 class AblateTraining:
     """Train variants of stage 2 for `tools/ablate.py`."""
 
-    teacher: str = "runs/dit"
+    teacher: str = "runs/dit_long"
     """Model of stage 1: a run or a model folder."""
     vae: str = "runs/decoder"
     """What draws the students' latents: a run of stage 0 or of the decoder, or a model folder."""
@@ -132,7 +134,7 @@ def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> 
         paths = out.with_name(f"{slug}-paths")
         train(ODE, paths, steps // 3, [*start, *shared])
         start, steps = ["--init", str(paths), "--teacher", teacher], steps - steps // 3
-    train(STAGE_2, out, steps, [*start, *variant.options, *shared])
+    train(STAGE_2, out, steps, [*start, *STAGE_2_OPTIONS, *variant.options, *shared])
     return package(Arguments(vae=options.vae, dit=str(out), out=str(model), name=slug))
 
 

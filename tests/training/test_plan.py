@@ -115,6 +115,7 @@ def test_every_small_stage_has_a_plan() -> None:
         "tiny_vae",
         "tiny_vae_long",
         "tiny_dit",
+        "tiny_dit_long",
         "tiny_ode",
         "tiny_distill",
         "tiny_decoder",
