@@ -145,12 +145,22 @@ def check_continued(run: Run, *, frozen: bool = True) -> None:
 
 
 def _check_origins(run: Run, began: dict[str, Any]) -> None:
-    now = origins(run)
-    for name, time in began.get("origins", {}).items():
-        if now.get(name, time) != time:
+    now, then = origins(run), began.get("origins", {})
+    for name in ("init", "teacher"):
+        place, before = getattr(run, name, None), began.get(name)
+        if name not in began or (place is None and before is None):
+            continue
+        if place is None or before is None:
+            told = f"--{name} {before}" if place is None else f"no --{name}"
+            raise UserError(f"{run.out} began with {told}: do so again, or choose another --out")
+        if name in now and name in then:
+            other = now[name] != then[name]
+        else:  # a model folder tells no time; it may have been moved, or a run's checkpoints deleted
+            other = Path(place).name != Path(before).name
+        if other:
             raise UserError(
-                f"{run.out} began with {began.get(name)} as it was then; --{name} {getattr(run, name)} is "
-                "another training, or has gone on since: give the one of then, or choose another --out"
+                f"{run.out} began with {before} as it was then; --{name} {place} is another model or "
+                "training, or has gone on since: give the one of then, or choose another --out"
             )
 
 

@@ -264,6 +264,28 @@ def test_another_teacher_than_in_the_beginning_is_refused(run: DistillRun, tmp_p
     assert (Path(run.out) / "config.json").read_bytes() == before
 
 
+def test_another_model_than_in_the_beginning_is_refused(run: DistillRun, tmp_path: Path) -> None:
+    """Of model folders, and of a run and a model folder, the names count: a folder may be moved."""
+    write_config(run)
+    check_continued(run)
+    check_continued(dataclasses.replace(run, init=str(tmp_path / "moved" / "model")))
+    with pytest.raises(UserError, match=r"began with .*model as it was then; --init other is another model"):
+        check_continued(dataclasses.replace(run, init="other"))
+    weights, _ = split_model(random_dit(MODEL))
+    trained = write_run(Run(out=str(tmp_path / "stage_1"), train=LoopConfig(steps=1)), weights)
+    with pytest.raises(UserError, match=r"--init .*stage_1 is another model"):
+        check_continued(dataclasses.replace(run, init=str(trained)))
+    taught = dataclasses.replace(run, teacher=str(trained))
+    with pytest.raises(UserError, match="began with no --teacher: do so again"):
+        check_continued(taught)
+    write_config(taught)
+    check_continued(taught)
+    with pytest.raises(UserError, match=r"began with --teacher .*stage_1: do so again"):
+        check_continued(run)
+    with pytest.raises(UserError, match=r"--teacher tiny_forcing is another model"):
+        check_continued(dataclasses.replace(run, teacher="tiny_forcing"))
+
+
 def test_another_negative_prompt_than_in_the_beginning_is_refused(run: DistillRun) -> None:
     write_config(run)
     check_continued(run)
