@@ -24,7 +24,7 @@ def get_config() -> OdeRun:
         sampling=SAMPLING,
         rollout=SelfForcingConfig(),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
-        loss=DMDConfig(shift=3.0, guidance=0.5),
+        loss=DMDConfig(shift=3.0, guidance=0.1),  # as stage 2's
         dyna=DynaConfig(),
         distill=DistillConfig(),
         train=LoopConfig(seconds=900, learning_rate=5e-4, batch=4, ema_decay=0.98, checkpoint_seconds=180),

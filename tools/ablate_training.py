@@ -28,7 +28,7 @@ from tools.package_model import Arguments, package
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_1, ODE, STAGE_2 = (f"configs/tiny_{name}.py" for name in ("dit", "ode", "distill"))
 SYNC_REWARD = ("--dyna.alpha", "0.5", "--dyna.rewards", "lavatar_jax.training.rewards:mouth_sync", "1")
-# In so few steps heads move too little without guidance by the prompt.
+# In so few steps heads move too little without guidance by the prompt. Paths are guided alike.
 STAGE_2_OPTIONS = ("--loss.text-guidance", "0.5")
 # The records have three latent frames before each clip, of 9 video frames.
 SCAFFOLD = ("--model.use-motion", "--model.motion-frames", "9", "3")
@@ -132,7 +132,7 @@ def train_variant(name: str, options: AblateTraining, shared: Sequence[str]) -> 
     start = ["--init", teacher]
     if variant.paths:
         paths = out.with_name(f"{slug}-paths")
-        train(ODE, paths, steps // 3, [*start, *shared])
+        train(ODE, paths, steps // 3, [*start, *STAGE_2_OPTIONS, *shared])
         start, steps = ["--init", str(paths), "--teacher", teacher], steps - steps // 3
     train(STAGE_2, out, steps, [*start, *STAGE_2_OPTIONS, *variant.options, *shared])
     return package(Arguments(vae=options.vae, dit=str(out), out=str(model), name=slug))

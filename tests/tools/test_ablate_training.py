@@ -57,7 +57,7 @@ def test_every_variant_is_trained_once_from_the_same_teacher_for_as_many_steps(
     after = runs["ODE-initialised"]
     assert (option(after, "--init"), option(after, "--teacher")) == (str(tmp_path / paths), "T")
     assert option(runs[scaffold], "--init") == str(tmp_path / f"{scaffold}-forcing")
-    guided = {name: o for name, o in runs.items() if not name.endswith(("-forcing", "-paths"))}
+    guided = {name: o for name, o in runs.items() if not name.endswith("-forcing")}
     assert all("--loss.text-guidance" in options for options in guided.values())
     unguided = runs["no-guidance"]
     last = len(unguided) - unguided[::-1].index("--loss.text-guidance")
