@@ -119,7 +119,10 @@ def prepare_predictions(config: DecoderRun) -> None:
             f"--predictions.clips is {given.clips}"
         )
     if given.clips > len(source):
-        raise UserError(f"{config.data.folder} has {len(source)} records, --predictions.clips {given.clips}")
+        raise UserError(
+            f"{config.data.folder} has {len(source)} records, fewer than --predictions.clips {given.clips}: "
+            "give at most as many"
+        )
     if any(not name.startswith("train-") for name in source.ids[: given.clips]):
         raise UserError(
             f"{config.data.folder} has records that were not rendered: this stage cannot draw their frames"

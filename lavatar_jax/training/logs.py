@@ -132,6 +132,10 @@ class RunLog:
         if self.first:
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def done(self, step: int) -> None:
+        curves = f"; curves and samples: {self.out / REPORT}" if self.config.report else ""
+        self.say(f"trained to step {step}, which is saved in {self.out}{curves}")
+
     def saving(self, step: int, done: float) -> None:
         self._bar.update(self._task, completed=done, step=step, status="saving")
 

@@ -291,6 +291,8 @@ def fit(
         stopped = run.stopping and run.failure is None and run.done < 1.0
         if stopped:
             run.log.say(f"stopped at step {run.step}, which is saved: the same command goes on from there")
+        elif run.failure is None:
+            run.log.done(run.step)
     if run.failure is not None:
         raise run.failure
     if stopped:

@@ -74,6 +74,16 @@ def test_a_signal_asks_for_a_profile_of_the_next_steps(tmp_path: Path, monkeypat
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+@pytest.mark.parametrize("report", [True, False])
+def test_a_finished_run_says_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], report: bool):
+    step_fn, state, frozen = begin(mesh_of(1, 1, 1))
+    log = LogConfig(report=report)
+    fit(step_fn, state, frozen, Batches(), LoopConfig(steps=2, batch=BATCH), tmp_path, log=log)
+    curves = f"; curves and samples: {tmp_path / 'report.html'}" if report else ""
+    assert f"trained to step 2, which is saved in {tmp_path}{curves}\n" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file() == report
+
+
 def test_records_that_cannot_be_read_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     step_fn, state, frozen = begin(mesh_of(1, 1, 1))
 
