@@ -220,7 +220,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--student", default="tiny", help="model after stage 2")
     parser.add_argument("--forcing", help="model after stage 1")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="one more model")
-    parser.add_argument("--only", action="append", help="measure variants with this in their name")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", help="measure variants with one of these in their name"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clips", type=int, default=6, help="people, 10 s each")
     parser.add_argument("--drift-seconds", type=float, default=100.0)
