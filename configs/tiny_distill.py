@@ -23,7 +23,7 @@ def get_config() -> DistillRun:
         rollout=SelfForcingConfig(transition="euler", shift=3.0),
         score=ScoreConfig(kind="causal", without_audio="other", without_text="keep"),
         # Voice: at 0.5 mouths open too far, 1.6 times the true variance. None by the prompt: it makes heads a
-        # tenth livelier, but colours less true, and eyes that blink close less (MODEL_CARD.md of the model).
+        # tenth livelier, but colours of skin less true (MODEL_CARD.md of the model).
         loss=DMDConfig(shift=3.0, guidance=0.1),
         # Lip-sync holds on to real clips: some samples start from noised ones, and are pulled towards them.
         dyna=DynaConfig(hybrid=0.3),

@@ -38,7 +38,7 @@ class FilterConfig:
     face_height: float = 0.45
     """Height of the face in the picture that is cut out."""
     min_scale: float = 0.6
-    """Fewest pixels of the cut, of the model's (1: never enlarged)."""
+    """Smallest height of the cut, as a share of that of the model's picture (1: never enlarged)."""
     min_level_db: float = -50.0
     """Speech softer than this is silence; dB of full scale."""
     max_clipped: float = 0.01
