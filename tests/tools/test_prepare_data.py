@@ -1,6 +1,5 @@
 """Videos made here, good and broken ones, through the whole preparation; mostly with a toy VAE."""
 
-import functools
 import io
 import json
 import os
@@ -11,42 +10,20 @@ import tarfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from lavatar_jax.cli import run
 from lavatar_jax.data.clip_filters import FilterConfig
-from lavatar_jax.data.face_boxes import load_detector
-from lavatar_jax.data.faces import draw_identity, render
 from lavatar_jax.data.loader import ShardSource, record_batches
-from lavatar_jax.data.motion import Manner, talking_motion
-from lavatar_jax.data.shards import RENDERED, read_dataset, read_manifest
+from lavatar_jax.data.shards import RENDERED, read_manifest
 from lavatar_jax.errors import UserError
-from tests.tools.videos import film, speech, still
-from tools import prepare_data, real_clips, real_encode
+from tests.tools.videos import FRAMES, OPTIONS, film, prepare, speech, told
+from tools import prepare_data
 from tools.real_clips import Job
 from tools.real_encode import ClipEncoder
 from tools.real_sources import Source, find_sources
 
 ROOT = Path(__file__).resolve().parents[2]
-FRAMES, SIZE = 64, 256
-SPEAKERS = (1, 4)  # identities whose faces OpenCV finds
-OPTIONS = (
-    "--workers", "0", "--blocks", "1", "--motion-frames", "5",
-    "--filters.seconds", "2", "30", "--filters.reference-gap", "0.5",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faces() -> list[np.ndarray]:
-    """Two people who talk: uint8 [T, H, W, 3]."""
-    draw = jax.jit(lambda identity, motion: (127.5 * (render(identity, motion, SIZE) + 1)).astype(np.uint8))
-    random = np.random.default_rng(0)
-    openness = random.uniform(size=FRAMES).astype(np.float32)
-    motion = talking_motion(openness, openness, Manner(), 0)
-    return [np.asarray(draw(draw_identity(identity), motion)) for identity in SPEAKERS]
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +57,6 @@ def videos(faces: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) ->
             tar.addfile(member, io.BytesIO(data))
     (folder / "broken.tar").write_bytes(b"nonsense" * 200)
     return folder
-
-
-def prepare(*args: str | Path) -> int:
-    return run(lambda: prepare_data.main([str(arg) for arg in args]))
-
-
-def told(out: Path) -> list[str]:
-    """The videos that are done with."""
-    return [json.loads(line)["name"] for line in (out / "videos.jsonl").read_text().splitlines()]
 
 
 def test_good_videos_become_records_and_bad_ones_are_named(
@@ -208,122 +176,6 @@ def test_workers_give_the_same_records_and_a_killed_run_goes_on(
     assert ids == [json.loads(line)["id"] for line in expected.splitlines()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def test_records_of_a_folder_passed_the_same_filters(
-    cheap_encoder: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "in").mkdir()
-    still(tmp_path / "in" / "a.mp4")
-    command = (tmp_path / "in", "--out", tmp_path / "out", *OPTIONS)
-    assert prepare(*command, "--faces", "any", "--filters.min-level-db", "0") == 2
-    assert "none of 1 videos gave a clip" in capsys.readouterr().err
-    assert prepare(*command, "--faces", "any") == 0  # nothing was kept: all is looked at again
-    before = contents(tmp_path / "out")
-    for other, difference in (
-        (("--faces", "any", "--filters.min-scale", "0.4"), "--filters.min-scale 0.6, not 0.4; choose"),
-        (("--faces", "lavatar_jax.data.face_boxes:whole_picture"), "--faces any, not lavatar_jax"),
-        (("--faces", "any", "--motion-frames", "9"), "--motion-frames 5, not 9"),
-    ):
-        capsys.readouterr()
-        assert prepare(*command, *other) == 2
-        assert difference in capsys.readouterr().err
-    assert contents(tmp_path / "out") == before
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert read_dataset(tmp_path / "out").encoder == settings
-    for name in ("faces", "filters"):  # as folders of earlier versions
-        settings.pop(name)
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
-    assert prepare(*command, "--faces", "any") == 0
-
-
-def test_captions_that_come_later_are_taken(cheap_encoder: None, tmp_path: Path):
-    (tmp_path / "in").mkdir()
-    video = still(tmp_path / "in" / "a.mp4")
-    for name in ("b", "c"):
-        (tmp_path / "in" / f"{name}.mp4").symlink_to(video)
-    (tmp_path / "in" / "b.txt").write_bytes("größer".encode("latin-1"))
-    (tmp_path / "in" / "c.txt").write_text("smiling")
-    command = (tmp_path / "in", "--out", tmp_path / "out", "--faces", "any", *OPTIONS)
-
-    def captions() -> dict[str, str]:
-        source = ShardSource(tmp_path / "out", text_len=16, text_dim=64)
-        return {source.ids[i]: str(source.record(i)["caption"]) for i in range(len(source))}
-
-    assert prepare(*command) == 0
-    first = captions()
-    assert set(first.values()) == {"a person talking", "smiling"}
-    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
-    assert prepare(*command) == 0  # one is still not UTF-8
-    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
-    for name in ("a", "b"):
-        (tmp_path / "in" / f"{name}.txt").write_text(f"nodding {name}")
-    assert prepare(*command) == 0
-    wanted = {"a": "nodding a", "b": "nodding b", "c": "smiling"}
-    assert captions() == {name: wanted[name[0]] for name in first}
-    assert sorted(told(tmp_path / "out")) == ["a.mp4", "b.mp4", "c.mp4"]
-    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
-    assert prepare(*command) == 0
-    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
-
-
-def test_records_that_are_lost_are_made_again(cheap_encoder: None, tmp_path: Path):
-    """With a shard that somebody removed, as it was damaged; the journal still has its videos."""
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    still(folder / "a.mp4")
-    (folder / "b.mp4").symlink_to(folder / "a.mp4")
-    command = (folder, "--out", out, "--faces", "any", "--shard-records", "1", *OPTIONS)
-    assert prepare(*command) == 0
-    rows = read_manifest(out)
-    assert {row["video"] for row in rows} == {"a.mp4", "b.mp4"}
-    lost = next(row["shard"] for row in rows if row["video"] == "b.mp4")
-    (out / lost).unlink()
-    assert prepare(*command) == 0
-    again = read_manifest(out)
-    assert sorted(row["id"] for row in again) == sorted(row["id"] for row in rows)
-    assert all((out / row["shard"]).is_file() for row in again)
-    assert sorted(told(out)) == ["a.mp4", "b.mp4"]
-    assert len(ShardSource(out, text_len=16, text_dim=64)) == len(rows)
-
-
-def test_what_gave_nothing_is_looked_at_again_when_it_may_give_more(
-    cheap_encoder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A video that is still being copied, one whose process was killed, and one that is simply bad."""
-    folder, looked_at = tmp_path / "in", []
-    folder.mkdir()
-    whole = still(tmp_path / "whole.mp4").read_bytes()
-    for name, data in (("copied", whole[: len(whole) // 2]), ("killed", whole), ("bad", b"no video")):
-        (folder / f"{name}.mp4").write_bytes(data)
-    (folder / "copied.tar").write_bytes(b"nonsense" * 200)
-
-    def cut(jobs: list[Job], workers: int, crashes: bool = False):
-        looked_at[:] = [job.source.name for job in jobs]
-        for job in jobs:
-            if crashes and job.source.name == "killed.mp4":
-                yield real_clips.Outcome(job.source.name, dropped=[("whole video", real_clips.CRASHED)])
-            else:
-                yield real_clips.cut_video(job)
-
-    command = (folder, "--out", tmp_path / "out", "--faces", "any", *OPTIONS)
-    monkeypatch.setattr(prepare_data, "cut_all", functools.partial(cut, crashes=True))
-    assert prepare(*command) == 2  # nothing of use yet
-    assert sorted(told(tmp_path / "out")) == ["bad.mp4", "copied.mp4", "copied.tar", "killed.mp4"]
-    monkeypatch.setattr(prepare_data, "cut_all", cut)
-    (folder / "copied.mp4").write_bytes(whole)
-    with tarfile.open(folder / "copied.tar", "w") as tar:
-        tar.add(tmp_path / "whole.mp4", "000.mp4")
-    assert prepare(*command) == 0
-    assert looked_at == ["copied.mp4", "copied.tar/000.mp4", "killed.mp4"]
-    assert {row["video"] for row in read_manifest(tmp_path / "out")} == set(looked_at)
-    assert sorted(told(tmp_path / "out")) == ["bad.mp4", "copied.mp4", "copied.tar/000.mp4", "killed.mp4"]
-    assert prepare(*command) == 0
-    assert looked_at == []
-
-
 def test_pictures_without_sound_at_the_end_are_left_out(cheap_encoder: None, tmp_path: Path):
     frames = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8).repeat(150, axis=0)
     (tmp_path / "in").mkdir()
@@ -402,62 +254,6 @@ def test_what_a_user_gets_wrong_is_one_line(
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert prepare(tmp_path / "useless", *out) == 2
     assert "pip install 'lavatar-jax[data]'" in capsys.readouterr().err
-
-
-def test_haar_finds_the_face_of_the_sample_photo():
-    pytest.importorskip("cv2", reason="finding faces needs opencv-python-headless")
-    photo = np.asarray(Image.open(ROOT / "lavatar_jax" / "samples" / "face.png").convert("RGB"))
-    detect = load_detector("haar")
-    (box,) = detect(photo)
-    height, width = photo.shape[:2]
-    assert abs(box.left + box.width / 2 - width / 2) < 0.1 * width
-    assert 0.3 * height < box.height < 0.8 * height
-    assert len(detect(np.concatenate([photo, photo], axis=1))) == 2
-    assert detect(np.full_like(photo, 90)) == []
-    assert detect(np.zeros((1, 3000, 3), np.uint8)) == []
-
-
-def test_the_shipped_model_encodes_a_clip(
-    faces: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from tools.real_clips import Outcome, Piece
-
-    pictures = np.stack([np.asarray(Image.fromarray(f).resize((128, 128))) for f in faces[0]])
-    piece = Piece(
-        start=0, frames=tmp_path / "0.npy", samples=tmp_path / "0.sound.npy", face=100.0, level_db=-20.0,
-        place=(0.25, 0.25, 0.75, 0.75),
-    )  # fmt: skip
-    np.save(piece.frames, pictures)
-    np.save(piece.samples, speech(FRAMES / 25))
-    seen: list[np.ndarray] = []
-    encode = real_encode._encode
-    monkeypatch.setattr(
-        real_encode, "_encode", lambda vae, video: (seen.append(video), encode(vae, video))[1]
-    )
-    encoder = ClipEncoder("tiny", blocks=1, motion_frames=1, filters=FilterConfig(), other_light=1.0)
-    assert encoder.sizes == ((128, 128),)
-    frame, record = next(encoder.records(Outcome("a.mp4", caption="smiling"), piece, set()))
-    assert frame == 1
-    assert record["latent"].shape == (3, 16, 16, 16)
-    assert record["audio"].shape == (1, 192, 12)
-    # Raw means of people that the model knows have about its statistics.
-    mean, std = np.array(encoder.config.vae.latent_mean), np.array(encoder.config.vae.latent_std)
-    normal = (record["latent"].astype(np.float32) - mean) / std
-    assert 0.5 < normal.std() < 2
-    (photo,) = seen[1]  # of the same person at another time, in another light
-    assert not (photo == pictures).all(axis=(1, 2, 3)).any()
-
-
-def test_some_references_are_in_another_light():
-    photo = np.random.default_rng(0).integers(40, 200, (8, 8, 3), np.uint8)
-    names = [f"clip-{number}" for number in range(400)]
-    changed = [real_encode.perturbed(photo, name, 0.25) for name in names]
-    different = [picture for picture in changed if (picture != photo).any()]
-    assert 60 < len(different) < 140
-    assert len({picture.mean() for picture in different}) > 50
-    for name, picture in zip(names, changed, strict=True):
-        np.testing.assert_array_equal(real_encode.perturbed(photo, name, 0.25), picture, strict=True)
-    assert (real_encode.perturbed(photo, names[0], 0.0) == photo).all()
 
 
 def test_sources_are_sorted_and_named_by_their_place(videos: Path):

@@ -1,10 +1,20 @@
-"""Videos to prepare, made here."""
+"""Videos to prepare, made here, and the command that prepares them."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+
+from lavatar_jax.cli import run
+from tools import prepare_data
+
+FRAMES = 64  # of the faces that talk
+OPTIONS = (
+    "--workers", "0", "--blocks", "1", "--motion-frames", "5",
+    "--filters.seconds", "2", "30", "--filters.reference-gap", "0.5",
+)  # fmt: skip
 
 
 def speech(seconds: float, level: float = 0.1) -> np.ndarray:
@@ -35,3 +45,13 @@ def still(path: Path, frames: int = 70) -> Path:
     """A picture that does not move, with speech."""
     picture = np.random.default_rng(0).integers(0, 255, (1, 128, 128, 3)).astype(np.uint8)
     return film(path, picture.repeat(frames, axis=0), speech(frames / 25))
+
+
+def prepare(*args: str | Path) -> int:
+    """The command's exit code."""
+    return run(lambda: prepare_data.main([str(arg) for arg in args]))
+
+
+def told(out: Path) -> list[str]:
+    """The videos that are done with."""
+    return [json.loads(line)["name"] for line in (out / "videos.jsonl").read_text().splitlines()]
