@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
@@ -210,8 +209,10 @@ def first_process_only(prepare: Callable[[], Any]) -> None:
             raise UserError(
                 f"process 0, which prepares files for all, is lost ({first_line(error)})"
             ) from None
-        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
-        if failed and failure is None:
+        agree = Agreement(Mesh(np.array(jax.devices()), ("device",)))
+        # On every device: CPU devices that still connect to others keep a process that ends for minutes.
+        failed = jax.device_get(jax.block_until_ready(agree(failure is not None)))
+        if failed[0] and failure is None:
             raise UserError("process 0 could not write files for all; its own message says why")
     if failure is not None:
         raise failure
